@@ -1,0 +1,46 @@
+"""Counts of features by how often they fire. A count means nothing without the number of tokens it rests on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saezoo.evals.intervals import jackknife
+from saezoo.results import Measured
+
+_EDGES = [x / 2 for x in range(-12, 1)]  # log10 density from 1e-6 to 1, half a decade each
+
+
+def feature_counts(fires_GF: Tensor, tokens_G: Tensor) -> dict[str, Measured]:
+    """Dead, alive and dense features from firing counts per group of documents [G, F] and its tokens [G].
+
+    Also `unseen_density`: features below it had more than a 5 % chance of never firing in so many tokens
+    ((1 - p)^N > 0.05), so `dead` cannot tell them from truly dead ones.
+    """
+    n_features, tokens = fires_GF.shape[1], float(tokens_G.sum())
+    dead = jackknife(fires_GF, tokens_G, lambda fires, _: (fires == 0).sum())
+    alive = jackknife(fires_GF, tokens_G, lambda fires, _: (fires > 0).sum())
+    return {
+        "alive_fraction": Measured(*(None if v is None else v / n_features for v in alive)),  # type: ignore[arg-type]
+        "dead": dead,
+        "dense_100": jackknife(fires_GF, tokens_G, lambda fires, n: (fires > n / 100).sum()),
+        "dense_10": jackknife(fires_GF, tokens_G, lambda fires, n: (fires > n / 10).sum()),
+        "unseen_density": Measured(1 - 0.05 ** (1 / tokens)),
+    }
+
+
+def histogram(fires_F: Tensor, tokens: float) -> dict[str, Any]:
+    """The post's log10 density histogram: bins of half a decade, and the features that never fired, apart.
+
+    Densities below the first edge are counted in the first bin.
+    """
+    seen = fires_F[fires_F > 0]
+    log_density = (seen / tokens).log10().clamp(_EDGES[0], _EDGES[-1] - 1e-9)
+    counts = torch.histogram(log_density.float(), torch.tensor(_EDGES)).hist
+    return {
+        "edges": _EDGES,
+        "counts": [int(count) for count in counts],
+        "never": int((fires_F == 0).sum()),
+    }

@@ -1,0 +1,70 @@
+"""95 % intervals. The independent unit is the document: tokens of one text resemble each other.
+
+Means and ratios: percentile bootstrap over blocks of documents. Counts of features (alive, dense): delete-one-group
+jackknife over 32 groups of documents, since a bootstrap sample can only lose features, never find new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from saezoo.evals.metrics import METRICS, Sums
+from saezoo.results import Measured
+
+DRAWS = 1000
+GROUPS = 32
+_T_975 = 2.04  # Student's t, 31 degrees of freedom
+
+
+def bootstrap(sums_KN: dict[str, Tensor], x_sum_ND: Tensor, *, seed: int) -> dict[str, Measured]:
+    """Every metric with its interval.
+
+    `sums_KN`: name -> sum per block of documents [N]; `x_sum_ND`: sum of x per block [N, D]. Blocks without a scored
+    token are left out. With fewer than two blocks the interval is unknown.
+    """
+    full = sums_KN["tokens"] > 0
+    sums = {name: column[full] for name, column in sums_KN.items()}
+    x_sum_ND = x_sum_ND[full]
+    n = len(x_sum_ND)
+    values = _apply(sums, x_sum_ND, torch.ones(1, n, dtype=torch.float64))
+    if n < 2:
+        return {name: Measured(float(value[0]), None, None) for name, value in values.items()}
+    generator = torch.Generator().manual_seed(seed)
+    picks_RN = torch.randint(n, (DRAWS, n), generator=generator)
+    weights_RN = torch.zeros(DRAWS, n, dtype=torch.float64).scatter_add_(
+        1, picks_RN, torch.ones(DRAWS, n, dtype=torch.float64)
+    )
+    draws = _apply(sums, x_sum_ND, weights_RN)
+    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {
+        name: Measured(float(values[name][0]), *(float(q) for q in torch.quantile(draws[name], tails)))
+        for name in values
+    }
+
+
+def _apply(sums: dict[str, Tensor], x_sum_ND: Tensor, weights_RN: Tensor) -> dict[str, Tensor]:
+    totals: dict[str, Tensor] = {name: weights_RN @ column for name, column in sums.items()}
+    mean_RD = (weights_RN @ x_sum_ND) / totals["tokens"][:, None]
+    view: Sums = {**totals, "mean_x2": mean_RD.square().sum(-1)}
+    return {metric.name: metric.formula(view) for metric in METRICS}
+
+
+def jackknife(fires_GF: Tensor, tokens_G: Tensor, count: Callable[[Tensor, Tensor], Tensor]) -> Measured:
+    """`count(fires_F, tokens)` with its interval.
+
+    `fires_GF`: times each feature fired in each group of documents [G, F]; `tokens_G`: scored tokens per group. Says
+    how the count scatters between samples of this size; not what a larger sample would find.
+    """
+    fires_F, tokens = fires_GF.sum(0), tokens_G.sum()
+    value = float(count(fires_F, tokens))
+    used = tokens_G > 0
+    g = int(used.sum())
+    if g < GROUPS:
+        return Measured(value, None, None)
+    without = torch.stack([count(fires_F - f, tokens - t).double() for f, t in zip(fires_GF, tokens_G, strict=True)])
+    error = float(((g - 1) / g * (without - without.mean()).square().sum()).sqrt())
+    n_features = fires_F.numel()
+    return Measured(value, max(0.0, value - _T_975 * error), min(float(n_features), value + _T_975 * error))

@@ -1,0 +1,44 @@
+"""Every error that a user can cause, as a tree.
+
+    SaezooError              exit code 1: something outside went wrong
+    ├── RegistryError        a registry file is malformed
+    ├── DownloadError        a file is neither cached nor reachable, or is not the promised one
+    ├── WeightsError         a file of weights is corrupt, of another shape, or of an unsupported kind
+    ├── TextError            the text or data set cannot be read, or is too short
+    ├── TrainingError        a run cannot start, resume or go on
+    └── UsageError           exit code 2: the request itself is wrong (unknown name, bad range)
+
+The command line prints these as one line, without a traceback. Anything else is a bug and shows its traceback.
+"""
+
+
+class SaezooError(Exception):
+    """Base of all: the message says what is wrong, the offending value, and what to do."""
+
+    exit_code = 1
+
+
+class RegistryError(SaezooError):
+    """A registry file is malformed; the message begins with `file:line:`."""
+
+
+class DownloadError(SaezooError):
+    """A file is neither in the cache nor reachable, or its bytes are not the promised ones."""
+
+
+class WeightsError(SaezooError):
+    """A file of weights is corrupt, has other shapes than declared, or is of an unsupported kind."""
+
+
+class TextError(SaezooError):
+    """The text or data set cannot be read, or holds too few tokens."""
+
+
+class TrainingError(SaezooError):
+    """A training run cannot start, resume or go on."""
+
+
+class UsageError(SaezooError):
+    """The request itself is wrong: an unknown name, a layer out of range, contradictory options."""
+
+    exit_code = 2

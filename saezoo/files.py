@@ -1,0 +1,54 @@
+"""Files appear under their final name only when complete: write to a temporary name beside it, then rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from saezoo.errors import SaezooError
+
+_CHUNK = 1 << 20
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; rename it to `path` on success, remove it otherwise.
+
+    Raises SaezooError, one line, if the folder cannot be written or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        os.chmod(name, 0o644)  # mkstemp gives 0600, which nobody else could read
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> SaezooError:
+    """What to tell the user when writing to `path` failed with `error`."""
+    if error.errno == errno.ENOSPC:
+        return SaezooError(f"no space left on the disk while writing {path}; free some, or choose another place")
+    return SaezooError(f"cannot write {path}: {error.strerror or error}; choose a place that can be written")
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of the file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,144 @@
+"""From an entry to verified files on this machine, through huggingface_hub's own cache.
+
+Every file is asked for at the registry's pinned revision and checked on every use: against the registry's SHA-256 and
+size where they are known, else against the hash under which the hub itself stores the file (the name of the cache's
+blob, for LFS files). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from saezoo import files
+from saezoo.errors import DownloadError, UsageError
+from saezoo.registry import Entry, FileFacts, Layout, Model
+
+_UNKNOWN = FileFacts(sha256=None, bytes=None)
+_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Local paths of one SAE's files, and how each was verified."""
+
+    weights: Path
+    config: Path | None
+    sparsity: Path | None
+    checks: dict[str, str]
+    """File name -> `registry sha256`, `hub sha256`, `registry size` or `not verifiable`."""
+
+
+def layout_of(entry: Entry, layout: str | None = None) -> Layout:
+    """The layout called `layout`, or the entry's first; UsageError if it has none of that name."""
+    name = layout or next(iter(entry.layouts))
+    if name not in entry.layouts:
+        known = ", ".join(entry.layouts)
+        raise UsageError(f"{entry.collection} {entry.name} has no layout `{name}`; it has: {known}")
+    return entry.layouts[name]
+
+
+def fetch(entry: Entry, layout: str | None = None, *, offline: bool = False) -> Fetched:
+    """Make the files of `entry` present and verified; download what is missing unless `offline`.
+
+    Raises DownloadError if a file is neither cached nor reachable, or is not the promised one.
+    """
+    chosen = layout_of(entry, layout)
+    checks: dict[str, str] = {}
+
+    def get(name: str, role: str) -> Path:
+        path = _locate(chosen.repo, chosen.revision, chosen.folder, name, offline=offline)
+        checks[name] = verify(path, chosen.facts.get(role, _UNKNOWN))
+        return path
+
+    return Fetched(
+        weights=get(chosen.weights, "weights"),
+        config=None if chosen.config is None else get(chosen.config, "config"),
+        sparsity=None if chosen.sparsity is None else get(chosen.sparsity, "sparsity"),
+        checks=checks,
+    )
+
+
+def fetch_model(model: Model, *, offline: bool = False) -> Path:
+    """Folder with the verified config.json, model.safetensors and tokenizer.json of `model`."""
+    folder = None
+    for name in _MODEL_FILES:
+        path = _locate(model.repo, model.revision, model.folder, name, offline=offline)
+        verify(path, model.facts.get(name, _UNKNOWN))
+        folder = path.parent
+    assert folder is not None
+    return folder
+
+
+def fetch_named_model(name: str, *, offline: bool = False) -> Path:
+    """Folder of a model given as a local folder or a hub id; a hub id is taken at `main`, unpinned."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UsageError(f"model `{name}` is neither a folder here nor a hub id like `openai-community/gpt2`")
+    for file in _MODEL_FILES:
+        path = _locate(name, None, None, file, offline=offline)
+        verify(path, _UNKNOWN)
+    return path.parent
+
+
+def verify(path: Path, facts: FileFacts) -> str:
+    """Check the bytes of `path`; says against what. Raises DownloadError if they are not the promised ones."""
+    size = path.stat().st_size
+    if facts.bytes is not None and size != facts.bytes:
+        raise DownloadError(_wrong(path, f"has {size:,} bytes where the registry says {facts.bytes:,}"))
+    blob = path.resolve().name
+    for promised, whose in ((facts.sha256, "registry"), (blob if re.fullmatch("[0-9a-f]{64}", blob) else None, "hub")):
+        if promised is not None:
+            actual = files.sha256(path)
+            if actual != promised:
+                raise DownloadError(_wrong(path, f"has sha256 {actual} where the {whose} says {promised}"))
+            return f"{whose} sha256"
+    return "not verifiable" if facts.bytes is None else "registry size"
+
+
+def _wrong(path: Path, what: str) -> str:
+    return f"{path} {what}; the file is damaged or was replaced: delete {path.resolve()} and get it again"
+
+
+def _locate(repo: str | None, revision: str | None, folder: str | None, name: str, *, offline: bool) -> Path:
+    if repo is None:
+        path = Path(folder or ".") / name
+        if not path.is_file():
+            raise DownloadError(f"no file {path}; the registry entry's `folder` must hold it")
+        return path
+    from huggingface_hub import hf_hub_download
+
+    with _explained(repo, revision, name, offline=offline):
+        return Path(hf_hub_download(repo, name, revision=revision, local_files_only=offline))
+
+
+@contextlib.contextmanager
+def _explained(repo: str, revision: str | None, name: str, *, offline: bool) -> Iterator[None]:
+    """Turn the hub client's many exceptions into one line with the remedy."""
+    import httpx
+    from huggingface_hub import errors
+
+    what = f"{repo}/{name}" + (f" at {revision[:8]}" if revision else "")
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise DownloadError(f"{repo} is gated: accept its terms on its hub page, then `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise DownloadError(f"the hub has no repository {repo} (or it is private: `hf auth login`)") from None
+    except errors.RevisionNotFoundError:
+        raise DownloadError(f"{repo} has no revision {revision}; correct the registry entry") from None
+    except errors.LocalEntryNotFoundError:
+        if offline:
+            raise DownloadError(f"{what} is not in the cache; get it once without --offline") from None
+        raise DownloadError(f"{what} is not in the cache and the hub cannot be reached; connect and repeat") from None
+    except errors.EntryNotFoundError:
+        raise DownloadError(f"the hub has no file {what}; correct the registry entry") from None
+    except (errors.HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DownloadError(f"{what} could not be downloaded ({reason}); repeat, it resumes") from None
+    except OSError as error:
+        raise files.cannot_write(Path(error.filename or what), error) from None

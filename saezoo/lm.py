@@ -1,0 +1,121 @@
+"""The frozen language model: raw Hugging Face GPT-2 blocks, run only as far as asked.
+
+The residual stream here is Hugging Face's own. TransformerLens' centred one is this minus its mean over d_model
+(`SAE` takes that off); every reader of the residual is a layer norm, so logits are the same in both.
+
+Shapes: B rows, T positions, D d_model, V vocabulary. A *depth* is the number of blocks that have run: depth 0 is the
+embedding, `blocks.L.hook_resid_pre` is depth L, `blocks.L.hook_resid_post` is depth L + 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saezoo.errors import UsageError, WeightsError
+
+
+def depth_of(hook: str, n_layers: int) -> int:
+    """Depth of a TransformerLens hook name; UsageError for other hooks or layers that the model lacks."""
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
+    if not match:
+        raise UsageError(f"hook `{hook}` is not supported; use blocks.L.hook_resid_pre or blocks.L.hook_resid_post")
+    layer = int(match[1])
+    if layer >= n_layers:
+        raise UsageError(f"hook `{hook}`: the model has {n_layers} layers, 0 to {n_layers - 1}")
+    return layer + (match[2] == "post")
+
+
+class LanguageModel:
+    """A GPT-2-architecture model and its tokenizer, in evaluation mode, without gradients."""
+
+    def __init__(self, hf_model: Any, tokenizer: Any) -> None:
+        self.hf_model = hf_model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        config = hf_model.config
+        self.n_layers: int = config.n_layer
+        self.d_model: int = config.n_embd
+        self.n_positions: int = config.n_positions
+        self.vocab: int = config.vocab_size
+        self.bos: int = config.bos_token_id
+        eos = config.eos_token_id
+        self.special_ids: frozenset[int] = frozenset({self.bos, eos} | set(tokenizer.all_special_ids)) - {None}
+        """Ids that the `standard` protocol neither replaces nor scores; for GPT-2, <|endoftext|> alone."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf_model.transformer.wte.weight.device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf_model.transformer.wte.weight.dtype  # type: ignore[no-any-return]
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Token plus position embedding [B, T, D]: the residual at depth 0."""
+        transformer = self.hf_model.transformer
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        return transformer.wte(tokens_BT) + transformer.wpe(positions_T)  # type: ignore[no-any-return]
+
+    def run(self, resid_BTD: Tensor, start: int, stop: int) -> Tensor:
+        """The residual [B, T, D] after blocks start..stop-1. Attention is causal (SDPA without a mask)."""
+        for block in self.hf_model.transformer.h[start:stop]:
+            out = block(resid_BTD)
+            resid_BTD = out[0] if isinstance(out, tuple) else out  # a tuple before transformers 5
+        return resid_BTD
+
+    def logits(self, resid_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] of the residual at the last depth."""
+        return self.hf_model.lm_head(self.hf_model.transformer.ln_f(resid_BTD))  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def residuals(self, tokens_BT: Tensor, depths: Iterable[int]) -> dict[int, Tensor]:
+        """The residual [B, T, D] at each of `depths`, from one forward pass that stops at the deepest."""
+        resid_BTD, done = self.embed(tokens_BT), 0
+        found: dict[int, Tensor] = {}
+        for depth in sorted(set(depths)):
+            resid_BTD, done = self.run(resid_BTD, done, depth), depth
+            found[depth] = resid_BTD
+        return found
+
+    @torch.inference_mode()
+    def resume(self, resid_BTD: Tensor, depth: int) -> Tensor:
+        """Logits [B, T, V] of the model that goes on from the residual at `depth`."""
+        return self.logits(self.run(resid_BTD, depth, self.n_layers))
+
+    @torch.inference_mode()
+    def constant_logits(self, resid_D: Tensor, depth: int) -> Tensor:
+        """Logits [V] when the residual at `depth` is the same vector at every position.
+
+        Attention over equal values returns that value, so every position gives the logits of a one-token sequence.
+        """
+        return self.resume(resid_D[None, None].to(self.device), depth)[0, 0]
+
+
+def load_language_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """Load a GPT-2-architecture model from a local folder in the Hugging Face layout.
+
+    Raises WeightsError for another architecture or files that cannot be read. No code from the folder is run.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if config.model_type != "gpt2":
+            raise WeightsError(f"{folder} holds a `{config.model_type}` model; only the gpt2 architecture is supported")
+        hf_model = GPT2LMHeadModel.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except WeightsError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, SafetensorError … for damaged folders
+        reason = str(error).strip().split("\n")[0]
+        raise WeightsError(f"{folder} does not hold a loadable GPT-2 model and tokenizer: {reason}") from None
+    return LanguageModel(hf_model.to(device), tokenizer)

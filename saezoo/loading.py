@@ -1,0 +1,97 @@
+"""`load`: a name from the registry, or a local folder, to an SAE that is ready to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saezoo import hub
+from saezoo.errors import UsageError, WeightsError
+from saezoo.registry import Entry, read_registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from saezoo.sae import SAE
+
+
+def load(
+    name: str | Path,
+    layer: int | str | None = None,
+    *,
+    layout: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | str = "float32",
+    offline: bool = False,
+    registry: str | Path | None = None,
+) -> SAE:
+    """Load one SAE: `load("gpt2-small-res", 10)`, or `load("path/to/folder")` for local files.
+
+    Args:
+        name: a collection of the registry; or, without `layer`, a folder in the published layout (cfg.json +
+            sae_weights.safetensors) or an original `.pt`.
+        layer: the entry's name within the collection, such as 10 or "11-post".
+        layout: which published form of a registry entry to read; the first by default.
+        device: where the weights go.
+        dtype: of the weights, as a torch.dtype or its name. float32 weights on the CPU stay memory-mapped.
+        offline: never touch the network.
+        registry: an overlay file (see `read_registry`).
+
+    Raises:
+        UsageError: an unknown collection or layer.
+        DownloadError: files missing and unreachable, or not the promised ones.
+        WeightsError: files corrupt, of the wrong shapes, or of an unsupported kind.
+    """
+    from saezoo.sae import from_weights, read_folder
+
+    torch_dtype = named_dtype(dtype)
+    if layer is None:
+        path = Path(name)
+        if not path.exists():
+            raise UsageError(f"no folder `{name}`; for a registry entry give a layer as well: load({str(name)!r}, 10)")
+        return from_weights(read_folder(path), str(path), device=device, dtype=torch_dtype)
+    entries = read_registry(registry).find(str(name), layer)
+    if len(entries) != 1:
+        raise UsageError(f"`{layer}` names {len(entries)} SAEs of `{name}`; load takes one at a time")
+    return load_entry(entries[0], layout=layout, device=device, dtype=torch_dtype, offline=offline)
+
+
+def load_entry(
+    entry: Entry, *, layout: str | None = None, device: str = "cpu", dtype: torch.dtype, offline: bool = False
+) -> SAE:
+    """Load the SAE of a registry entry; what the registry says about its input wins over its cfg.json."""
+    from saezoo.sae import SAE, SAEConfig
+    from saezoo.weights import read_legacy, read_saelens
+
+    fetched = hub.fetch(entry, layout, offline=offline)
+    if fetched.config is None:
+        weights = read_legacy(fetched.weights, fetched.sparsity)
+    else:
+        weights = read_saelens(fetched.weights, fetched.config, fetched.sparsity)
+    found = tuple(weights.tensors["W_enc"].shape)
+    if found != (entry.d_in, entry.d_sae):
+        raise WeightsError(f"{fetched.weights}: W_enc is {list(found)}, the registry says [{entry.d_in}, {entry.d_sae}]")
+    for key in ("hook_point", "hook_name"):
+        if weights.config.get(key, entry.hook) != entry.hook:
+            raise WeightsError(f"{fetched.weights} was trained at {weights.config[key]}, the registry says {entry.hook}")
+    config = SAEConfig(
+        d_in=entry.d_in,
+        d_sae=entry.d_sae,
+        hook=entry.hook,
+        model_name=entry.model_name,
+        context_size=entry.context_size,
+        prepend_bos=entry.prepend_bos,
+        centre=entry.centre,
+        apply_b_dec_to_input=True,
+    )
+    return SAE(config, {k: tensor.to(device, dtype) for k, tensor in weights.tensors.items()}, weights.log_sparsity)
+
+
+def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """`"bfloat16"` -> torch.bfloat16; UsageError for a name that is no floating-point dtype."""
+    import torch
+
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UsageError(f"`{dtype}` is not a floating-point dtype; use float32, bfloat16, float16 or float64")
+    return found
