@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saezoo.errors import UsageError
 from saezoo.evals import counts, intervals
-from saezoo.evals.geometric_median import geometric_median
+from saezoo.geometric_median import geometric_median
 from saezoo.evals.metrics import PER_TOKEN
 from saezoo.lm import LanguageModel, depth_of
 from saezoo.registry import Protocol
@@ -103,9 +103,7 @@ class _Pass:
         self.sample_RT = self._choose_sample()
         self.tallies = [self._tally(subject) for subject in subjects]
         zeros_D = torch.zeros(lm.d_model, dtype=lm.dtype)
-        self.log_zero = {
-            tally.depth: _log_softmax(lm.constant_logits(zeros_D, tally.depth)) for tally in self.tallies
-        }
+        self.log_zero = {tally.depth: _log_softmax(lm.constant_logits(zeros_D, tally.depth)) for tally in self.tallies}
 
     def _tally(self, subject: Subject) -> _Tally:
         config = subject.sae.config

@@ -1,1 +1,66 @@
-"""saezoo"""
+"""The zoo, the scales and the workshop for sparse autoencoders of language models.
+
+>>> from saezoo import load
+>>> sae = load("tiny-res", 2)
+>>> features = sae.encode(activations)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from saezoo.errors import (
+    DownloadError,
+    RegistryError,
+    SaezooError,
+    TextError,
+    TrainingError,
+    UsageError,
+    WeightsError,
+)
+from saezoo.loading import load
+from saezoo.registry import Entry, Registry, read_registry
+
+if TYPE_CHECKING:
+    from saezoo.sae import SAE, SAEConfig
+    from saezoo.workflows import Options, Session, evaluate, load_session, reproduce
+
+__all__ = [
+    "SAE",
+    "DownloadError",
+    "Entry",
+    "Options",
+    "Registry",
+    "RegistryError",
+    "SAEConfig",
+    "SaezooError",
+    "Session",
+    "TextError",
+    "TrainingError",
+    "UsageError",
+    "WeightsError",
+    "evaluate",
+    "load",
+    "load_session",
+    "read_registry",
+    "reproduce",
+]
+
+_NEED_TORCH = {
+    "SAE": "saezoo.sae",
+    "SAEConfig": "saezoo.sae",
+    "Options": "saezoo.workflows",
+    "Session": "saezoo.workflows",
+    "evaluate": "saezoo.workflows",
+    "load_session": "saezoo.workflows",
+    "reproduce": "saezoo.workflows",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch on first use: `import saezoo` itself takes milliseconds."""
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module 'saezoo' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_NEED_TORCH[name]), name)

@@ -99,7 +99,6 @@ def _transformer_bridge(hf_model: GPT2LMHeadModel, tokenizer: Any) -> Any:
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be overwritten
         own: Any = type(hf_model)(copy.deepcopy(hf_model.config))
         own.to(hf_model.device, hf_model.dtype).load_state_dict(hf_model.state_dict())
-        own.config._attn_implementation = "eager"  # with sdpa, hook_pattern would never fire
         bridge = build_bridge_from_module(own, "GPT2LMHeadModel", hf_config=own.config, tokenizer=tokenizer)
         bridge.enable_compatibility_mode(disable_warnings=True)
     return bridge

@@ -110,16 +110,22 @@ def _locate(repo: str | None, revision: str | None, folder: str | None, name: st
         if not path.is_file():
             raise DownloadError(f"no file {path}; the registry entry's `folder` must hold it")
         return path
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-    with _explained(repo, revision, name, offline=offline):
-        return Path(hf_hub_download(repo, name, revision=revision, local_files_only=offline))
+    cached = try_to_load_from_cache(repo, name, revision=revision)
+    if isinstance(cached, str) and (revision is not None or offline):
+        return Path(cached)
+    with _explained(repo, revision, name):
+        if offline:
+            return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
+        # One request that fails at once without a network; the download itself would retry for 23 s first.
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
+        return Path(hf_hub_download(repo, name, revision=revision))
 
 
 @contextlib.contextmanager
-def _explained(repo: str, revision: str | None, name: str, *, offline: bool) -> Iterator[None]:
+def _explained(repo: str, revision: str | None, name: str) -> Iterator[None]:
     """Turn the hub client's many exceptions into one line with the remedy."""
-    import httpx
     from huggingface_hub import errors
 
     what = f"{repo}/{name}" + (f" at {revision[:8]}" if revision else "")
@@ -131,14 +137,19 @@ def _explained(repo: str, revision: str | None, name: str, *, offline: bool) -> 
         raise DownloadError(f"the hub has no repository {repo} (or it is private: `hf auth login`)") from None
     except errors.RevisionNotFoundError:
         raise DownloadError(f"{repo} has no revision {revision}; correct the registry entry") from None
-    except errors.LocalEntryNotFoundError:
-        if offline:
-            raise DownloadError(f"{what} is not in the cache; get it once without --offline") from None
-        raise DownloadError(f"{what} is not in the cache and the hub cannot be reached; connect and repeat") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise DownloadError(f"{what} is not in the cache; get it once while online") from None
     except errors.EntryNotFoundError:
         raise DownloadError(f"the hub has no file {what}; correct the registry entry") from None
-    except (errors.HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DownloadError(f"{what} could not be downloaded ({reason}); repeat, it resumes") from None
+    except errors.HfHubHTTPError as error:
+        raise DownloadError(f"{what} could not be downloaded ({_first_line(error)}); try again later") from None
+    except errors.HTTPError as error:  # the client library's own: no network, connection lost
+        raise DownloadError(
+            f"{what} is not in the cache and the hub cannot be reached ({_first_line(error)})"
+        ) from None
     except OSError as error:
         raise files.cannot_write(Path(error.filename or what), error) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

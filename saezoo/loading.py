@@ -70,10 +70,14 @@ def load_entry(
         weights = read_saelens(fetched.weights, fetched.config, fetched.sparsity)
     found = tuple(weights.tensors["W_enc"].shape)
     if found != (entry.d_in, entry.d_sae):
-        raise WeightsError(f"{fetched.weights}: W_enc is {list(found)}, the registry says [{entry.d_in}, {entry.d_sae}]")
+        raise WeightsError(
+            f"{fetched.weights}: W_enc is {list(found)}, the registry says [{entry.d_in}, {entry.d_sae}]"
+        )
     for key in ("hook_point", "hook_name"):
         if weights.config.get(key, entry.hook) != entry.hook:
-            raise WeightsError(f"{fetched.weights} was trained at {weights.config[key]}, the registry says {entry.hook}")
+            raise WeightsError(
+                f"{fetched.weights} was trained at {weights.config[key]}, the registry says {entry.hook}"
+            )
     config = SAEConfig(
         d_in=entry.d_in,
         d_sae=entry.d_sae,

@@ -268,7 +268,9 @@ def read_registry(overlay: Path | str | None = None) -> Registry:
 
 @functools.lru_cache(maxsize=8)
 def _read(overlay: str | None) -> Registry:
-    base = _located(strict_yaml.read(package_folder() / "registry.yaml", _File, label="registry.yaml"), package_folder())
+    base = _located(
+        strict_yaml.read(package_folder() / "registry.yaml", _File, label="registry.yaml"), package_folder()
+    )
     files = [("built-in", base)]
     if overlay is not None:
         files.append((overlay, _located(strict_yaml.read(Path(overlay), _File), Path(overlay).parent)))

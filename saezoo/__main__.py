@@ -1,0 +1,5 @@
+"""`python -m saezoo`."""
+
+from saezoo.cli import main
+
+main()

@@ -1,0 +1,84 @@
+"""Activations for training and analysis: shuffled through the half-refreshed buffer of February 2024.
+
+Shapes: N activations, L layers (all from one forward pass), D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from saezoo.lm import LanguageModel
+from saezoo.tokens import Rows
+
+
+def activations(lm: LanguageModel, rows: Iterator[Rows], depths: Sequence[int], *, centre: bool) -> Iterator[Tensor]:
+    """For each block of rows, the residual at each of `depths`: [N, L, D] float32, one forward pass for all."""
+    for block in rows:
+        tokens_BT = torch.from_numpy(block.tokens_RT).to(lm.device)
+        found = lm.residuals(tokens_BT, depths)
+        x_NLD = torch.stack([found[depth].flatten(0, 1) for depth in depths], dim=1).float()
+        yield x_NLD - x_NLD.mean(-1, keepdim=True) if centre else x_NLD
+
+
+class ActivationBuffer:
+    """Iterator of shuffled training batches [n, L, D].
+
+    The storage holds half a buffer. A refill draws as many new activations, mixes both, keeps the first half of the
+    mix and serves one half: `bug` (98e4f1b) the half it kept, so that half of all activations is lost and others come
+    several times; `fixed` (07d38a0) the other half, so that each comes exactly once.
+    """
+
+    def __init__(
+        self,
+        source: Iterator[Tensor],
+        *,
+        half: int,
+        batch_size: int,
+        mode: Literal["bug", "fixed"],
+        permute: Callable[[int], Tensor],
+    ) -> None:
+        """`source` gives blocks [n, L, D]; `half` is the number of blocks in half a buffer; `permute(n)` a random
+        permutation of n. The storage is filled and mixed here: `storage` is then what b_dec is initialised from."""
+        self._source = source
+        self._half = half
+        self._batch_size = batch_size
+        self._mode = mode
+        self._permute = permute
+        self.refills = 0
+        self.storage = self._new()
+        self._pending: list[Tensor] = []
+        self._refill()
+
+    def __iter__(self) -> ActivationBuffer:
+        return self
+
+    def __next__(self) -> Tensor:
+        if not self._pending:
+            self._refill()
+        return self._pending.pop(0)
+
+    def _new(self) -> Tensor:
+        blocks = [next(self._source) for _ in range(self._half)]
+        new_NLD = torch.cat(blocks)
+        return new_NLD[self._permute(len(new_NLD))]
+
+    def _refill(self) -> None:
+        mix = torch.cat([self._new(), self.storage])
+        mix = mix[self._permute(len(mix))]
+        middle = len(mix) // 2
+        self.storage = mix[:middle]
+        served = mix[:middle] if self._mode == "bug" else mix[middle:]
+        self._pending = list(served[self._permute(len(served))].split(self._batch_size))
+        self.refills += 1
+
+    def state(self) -> dict[str, Any]:
+        """What the next batch depends on, besides `source` and `permute`."""
+        return {"storage": self.storage, "pending": list(self._pending), "refills": self.refills}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`; the caller winds `source` and `permute` to the same point."""
+        self.storage, self._pending, self.refills = state["storage"], list(state["pending"]), state["refills"]
