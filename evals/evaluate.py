@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from saezoo.errors import UsageError
 from saezoo.evals import counts, intervals
-from saezoo.geometric_median import geometric_median
 from saezoo.evals.metrics import PER_TOKEN
+from saezoo.geometric_median import geometric_median
 from saezoo.lm import LanguageModel, depth_of
 from saezoo.registry import Protocol
 from saezoo.results import Measured, Result
@@ -198,7 +199,7 @@ class _Pass:
             context=self.tokens_RT.shape[1],
             rows=len(self.rows),
             tokens=int(sums["tokens"].sum()),
-            documents=len(torch.from_numpy(self.rows.documents_RT).unique()),
+            documents=len(np.unique(self.rows.documents_RT)),
             seed=self.seed,
             device=str(self.lm.device),
             dtype=str(subject.sae.W_enc.dtype).removeprefix("torch."),

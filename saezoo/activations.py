@@ -70,9 +70,10 @@ class ActivationBuffer:
         mix = torch.cat([self._new(), self.storage])
         mix = mix[self._permute(len(mix))]
         middle = len(mix) // 2
-        self.storage = mix[:middle]
+        self.storage = mix[:middle].clone()  # a copy, so that the mix itself can go
         served = mix[:middle] if self._mode == "bug" else mix[middle:]
-        self._pending = list(served[self._permute(len(served))].split(self._batch_size))
+        served = served[self._permute(len(served))]
+        self._pending = list(torch.split(served, self._batch_size))
         self.refills += 1
 
     def state(self) -> dict[str, Any]:

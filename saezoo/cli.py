@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +138,7 @@ def get(registry: Path | None, collection: str, layers: str, layout: str | None,
 @click.pass_obj
 def eval_command(
     registry: Path | None,
+    /,
     collection: str,
     layers: str | None,
     tokens: int | None,
@@ -173,6 +174,7 @@ def eval_command(
 @click.pass_obj
 def reproduce(
     registry: Path | None,
+    /,
     collection: str,
     layers: str,
     tokens: int | None,
@@ -282,7 +284,7 @@ class _TrainingLine:
         self._progress = progress
         self._next = 0.0
 
-    def __call__(self, done: int, total: int, names: list[str], logs: list[Any]) -> None:
+    def __call__(self, done: int, total: int, names: Sequence[str], logs: list[Any]) -> None:
         import time
 
         if time.monotonic() < self._next and done < total:

@@ -41,11 +41,11 @@ def _exact_mean(values_N: Tensor) -> float:
 
 def _distances(points_ND: Tensor, centre_D: Tensor) -> Tensor:
     """|p_j - centre| for every point, [N]."""
-    return torch.cat([(chunk - centre_D).norm(dim=1) for chunk in points_ND.split(_CHUNK)])
+    return torch.cat([(chunk - centre_D).norm(dim=1) for chunk in torch.split(points_ND, _CHUNK)])
 
 
 def _weighted_mean(points_ND: Tensor, weights_N: Tensor) -> Tensor:
     total_D = torch.zeros_like(points_ND[0])
-    for weights_n, points_nD in zip(weights_N.split(_CHUNK), points_ND.split(_CHUNK), strict=True):
+    for weights_n, points_nD in zip(torch.split(weights_N, _CHUNK), torch.split(points_ND, _CHUNK), strict=True):
         total_D += weights_n @ points_nD
     return total_D / weights_N.sum()

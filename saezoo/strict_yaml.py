@@ -49,7 +49,7 @@ def read(path: Path, cls: type[T], *, label: str | None = None) -> T:
 def _refuse_aliases(text: str, name: str) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else 1
             raise RegistryError(f"{name}:{line}: YAML alias `*{event.anchor}` is not allowed; write the value out")
 
 

@@ -72,8 +72,10 @@ def _ghost_as_run(residual_BD: Tensor, f_BS: Tensor, W_dec_SD: Tensor, mse: Tens
     residual is not detached, so live features get a gradient that was not meant for them."""
     ghost_BD = f_BS.exp() @ W_dec_SD
     scale_B1 = (residual_BD.norm(dim=1, keepdim=True) / (2 * ghost_BD.norm(dim=1, keepdim=True))).detach()
-    loss = ((ghost_BD * scale_B1 - residual_BD).square() / residual_BD.norm(dim=1, keepdim=True)).mean()
-    return (mse / loss).detach() * loss
+    loss_BD = (ghost_BD * scale_B1 - residual_BD).square() / residual_BD.norm(dim=1, keepdim=True)
+    loss: Tensor = loss_BD.mean()
+    factor: Tensor = (mse / loss).detach()
+    return factor * loss
 
 
 def _ghost_fixed(residual_BD: Tensor, pre_BS: Tensor, W_dec_SD: Tensor, scaled_BD: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def _ghost_fixed(residual_BD: Tensor, pre_BS: Tensor, W_dec_SD: Tensor, scaled_B
     scale_B1 = (norm_B1 / (1e-6 + 2 * ghost_BD.norm(dim=1, keepdim=True))).detach()
     loss_BD = (ghost_BD * scale_B1 - residual_BD).square() / norm_B1
     factor_BD = (scaled_BD / (loss_BD + 1e-6)).detach()
-    return (factor_BD * loss_BD).mean()
+    return torch.mean(factor_BD * loss_BD)
 
 
 @torch.no_grad()
