@@ -81,6 +81,8 @@ def evaluate(
     saes = _subjects(name, layers, protocol, layout, options, dtype)
     lm, model_name = _model_for(name, layers, model, options, dtype, saes[0].sae)
     source = text_source(options, default=tokens.builtin("heldout"))
+    if saes[0].published and protocol == "feb2024" and options.dataset is None:
+        options.note(f"published values were measured on OpenWebText, these on {source.name}; --dataset openwebtext")
     context = min(saes[0].sae.config.context_size or 128, lm.n_positions)
     rows = tokens.collect(
         _packed(source, lm, context, protocol), tokens=tokens_wanted, context=context, source=source.name

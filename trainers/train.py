@@ -75,6 +75,8 @@ def train(
     if saved is not None:
         feed.skip(saved["calls"] - job.recipe.buffer_batches)  # the buffer's set-up draws that many again
     generator = torch.Generator().manual_seed(job.seed)
+    size = job.recipe.buffer_batches * job.recipe.store_rows * job.entries[0].context_size
+    note(f"filling the shuffle buffer with {size:,} activations")
     buffer = ActivationBuffer(
         feed,
         half=job.recipe.buffer_batches // 2,

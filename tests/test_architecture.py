@@ -1,0 +1,150 @@
+"""Who may import whom, what is public, and how long things may grow: read from the source, not run."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import saezoo
+
+PACKAGE = Path(saezoo.__file__).parent
+ROOT = PACKAGE.parent
+MODULES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.glob("*.py")
+}
+MODULES |= {f"{part}.{path.stem}": path for part in ("trainers", "evals") for path in (PACKAGE / part).glob("*.py")}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+LAYERS = [
+    "errors",
+    "strict_yaml files",
+    "registry",
+    "hub tokens",
+    "weights lm geometric_median results",
+    "sae",
+    "loading activations",
+    "trainers evals",
+    "hooked",
+    "workflows",
+    "cli",
+    "__main__ __init__",
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+LINES, FUNCTION_LINES, TRAINING_LOOP_LINES = 420, 60, 100
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Modules of saezoo that `tree` imports anywhere, also inside functions: `saezoo.evals.counts` -> `evals`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports confuse the links"
+            names = [
+                f"{node.module}.{alias.name}" if node.module == "saezoo" else str(node.module) for alias in node.names
+            ]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("saezoo."))
+
+
+def functions(tree: ast.AST) -> Iterator[tuple[str, Function, bool]]:
+    """(name, function, whether it is public) of every function and method that is not inside a function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, Function):
+            yield node.name, node, not node.name.startswith("_")
+        elif isinstance(node, ast.ClassDef):
+            for name, method, public in functions(node):
+                yield f"{node.name}.{name}", method, public and not node.name.startswith("_")
+
+
+def test_every_module_has_its_place() -> None:
+    assert {name.split(".")[0] for name in MODULES} == set(RANK)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_only_go_down(name: str) -> None:
+    part = name.split(".")[0]
+    for other in imported(TREES[name]):
+        own = part == other and part in ("trainers", "evals")
+        assert own or RANK[other] < RANK[part], f"{name} may not import saezoo.{other}"
+
+
+@pytest.mark.parametrize("name", ["cli", "__init__", "loading", "hub", "registry", "files", "strict_yaml", "results"])
+def test_torch_is_not_imported_at_the_top(name: str) -> None:
+    """`import saezoo` and looking things up take milliseconds."""
+    heavy = {"torch", "transformers", "pandas", "numpy", "datasets", "safetensors", "transformer_lens", "rich"}
+    top = [node for node in TREES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name if isinstance(node, ast.Import) else str(node.module) for node in top for alias in node.names}
+    assert not {found.split(".")[0] for found in names} & heavy
+
+
+def test_transformer_lens_is_known_to_one_module() -> None:
+    knows = [name for name, path in MODULES.items() if "transformer_lens" in path.read_text(encoding="utf-8")]
+    assert set(knows) <= {"hooked"}
+
+
+def test_public_names_are_sorted_complete_and_there() -> None:
+    assert saezoo.__all__ == sorted(saezoo.__all__)
+    tree = TREES["__init__"]
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names - {"annotations", "TYPE_CHECKING", "Any"} == set(saezoo.__all__)
+    for name in saezoo.__all__:
+        assert getattr(saezoo, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'saezoo' has no attribute 'absent'"):
+        saezoo.absent  # noqa: B018
+
+
+def test_public_names_are_found_by_completion() -> None:
+    program = (
+        "import saezoo, sys; missing = set(saezoo.__all__) - set(dir(saezoo)); sys.exit(str(missing) if missing else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not (ROOT / "trainers").is_dir(), reason="not a checkout")
+@pytest.mark.parametrize("name", ["trainers", "evals", "registry.yaml"])
+def test_the_package_links_to_the_top_level(name: str) -> None:
+    assert (PACKAGE / name).samefile(ROOT / name)
+    assert (PACKAGE / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_what_is_public_has_a_docstring(name: str) -> None:
+    assert ast.get_docstring(TREES[name]), f"{name} has no docstring"
+    classes = [node for node in TREES[name].body if isinstance(node, ast.ClassDef)]
+    lacking = [node.name for node in classes if not node.name.startswith("_") and not ast.get_docstring(node)]
+    lacking += [
+        found
+        for found, function, public in functions(TREES[name])
+        if public and not ast.get_docstring(function) and found != "SAE.extra_repr" and not is_property(function)
+    ]
+    assert lacking == []
+
+
+def is_property(function: Function) -> bool:
+    return any(isinstance(node, ast.Name) and node.id == "property" for node in function.decorator_list)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_grows_too_long(name: str) -> None:
+    lines = MODULES[name].read_text(encoding="utf-8").count("\n")
+    assert lines <= LINES, f"{name} has {lines} lines"
+    for found, function, _ in functions(TREES[name]):
+        assert function.end_lineno is not None
+        length = function.end_lineno - function.lineno + 1
+        limit = TRAINING_LOOP_LINES if (name, found) == ("trainers.train", "train") else FUNCTION_LINES
+        assert length <= limit, f"{name}.{found} has {length} lines"
+
+
+def test_typed_marker() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+    assert importlib.util.find_spec("saezoo.evals") is not None

@@ -1,0 +1,352 @@
+"""The training loop on a tiny model: the same bits from the same seed, however often it is interrupted.
+
+Run as a script (`python test_train.py FOLDER MODEL TEXT HOW`) it is the training process that is killed.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import saezoo
+from saezoo.activations import ActivationBuffer, activations
+from saezoo.errors import SaezooError, TrainingError
+from saezoo.geometric_median import geometric_median
+from saezoo.lm import LanguageModel, load_language_model
+from saezoo.registry import Entry, read_registry
+from saezoo.tokens import TextSource, encode, pack_feb2024, text_file
+from saezoo.trainers.train import Job, train
+from saezoo.trainers.trainee import StepLog, Trainee
+
+CALL = 4 * 16  # activations in one store call: rows x context
+RECIPE: dict[str, Any] = {
+    "batch_size": 24,
+    "store_rows": 4,
+    "buffer_batches": 4,
+    "dead_after_steps": 3,
+    "sampling_window_steps": 5,
+    "skip_documents": 1,
+    "lr": 1e-2,
+    "l1_coefficient": 1e-2,
+}
+
+
+def entry(layer: int) -> Entry:
+    first = read_registry().find("gpt2-small-res", "0")[0]
+    hook = f"blocks.{layer}.hook_resid_pre"
+    return replace(first, name=str(layer), layer=layer, hook=hook, d_in=16, d_sae=48, context_size=16)
+
+
+def job(
+    source: TextSource, layers: tuple[int, ...] = (0, 1), *, seed: int = 7, tokens: int = 900, **changes: Any
+) -> Job:
+    recipe = replace(read_registry().recipe("feb2024"), **{**RECIPE, **changes})
+    return Job(tuple(entry(layer) for layer in layers), recipe, source, tokens=tokens, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model_folder: Path) -> LanguageModel:
+    return load_language_model(tiny_model_folder)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> TextSource:
+    """Some 500 tokens: a run takes several epochs of it."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("<|endoftext|>".join(f"Document {i}: " + "ab cd " * (i % 5) for i in range(20)))
+    return text_file(path)
+
+
+Bits = list[Tensor]
+
+
+def bits(trainee: Trainee) -> Bits:
+    """Everything that an SAE in training has come to."""
+    state = trainee.state()
+    moments = [tensor for of_one in state["adam"]["state"].values() for tensor in of_one.values()]
+    counters = [state[key] for key in ("since_fired", "window_fires", "log_sparsity")]
+    return [tensor.clone() for tensor in (*state["parameters"], *moments, *counters)]
+
+
+def equal(mine: Bits, theirs: Bits) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `uninterrupted` was trained."""
+    return tmp_path_factory.mktemp("uninterrupted")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(lm: LanguageModel, text: TextSource, whole_folder: Path) -> list[Bits]:
+    return [bits(trainee) for trainee in train(job(text), lm, whole_folder)]
+
+
+def test_the_same_seed_gives_the_same_bits(
+    lm: LanguageModel, text: TextSource, uninterrupted: list[Bits], tmp_path: Path
+) -> None:
+    torch.manual_seed(99)  # the global generator has no say
+    for trainee, wanted in zip(train(job(text), lm, tmp_path), uninterrupted, strict=True):
+        assert equal(bits(trainee), wanted)
+
+
+def test_another_seed_gives_others(
+    lm: LanguageModel, text: TextSource, uninterrupted: list[Bits], tmp_path: Path
+) -> None:
+    for trainee, first in zip(train(job(text, seed=8), lm, tmp_path), uninterrupted, strict=True):
+        assert not torch.equal(trainee.parameters.W_enc, first[0])
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_trains_alone_as_it_does_beside_others(
+    lm: LanguageModel, text: TextSource, uninterrupted: list[Bits], tmp_path: Path, layer: int
+) -> None:
+    (alone,) = train(job(text, (layer,)), lm, tmp_path)
+    assert equal(bits(alone), uninterrupted[layer])
+
+
+def test_training_lowers_the_loss(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    losses: list[float] = []
+    train(job(text, (1,), tokens=6000), lm, tmp_path, on_step=lambda done, steps: losses.append(loss_of(steps)))
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+
+
+def loss_of(steps: list[StepLog]) -> float:
+    return float(steps[0].losses.mse + steps[0].losses.l1)
+
+
+def test_on_step_counts_tokens(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    seen: list[int] = []
+    train(job(text, tokens=300), lm, tmp_path, on_step=lambda done, steps: seen.append(done))
+    assert seen == [24, 48, 72, 96, 120, 128, 152, 176, 200, 224, 248, 256, 280, 304]  # half a buffer is 128
+
+
+def test_b_dec_starts_at_the_geometric_median(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    plan = job(text, (1,), tokens=1, lr=1e-30)
+    (trainee,) = train(plan, lm, tmp_path)
+    ids = encode(lm.tokenizer, text.documents())
+    rows = pack_feb2024(ids, bos=lm.bos, context=16, rows_per_call=4, skip=1)
+    generator = torch.Generator().manual_seed(plan.seed)
+    source = activations(lm, rows, [1], centre=True)
+    buffer = ActivationBuffer(
+        source, half=2, batch_size=24, mode="bug", permute=lambda n: torch.randperm(n, generator=generator)
+    )
+    assert torch.equal(trainee.parameters.b_dec, geometric_median(buffer.storage[:, 0].contiguous()))
+
+
+def test_the_log(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    train(job(text, tokens=300), lm, tmp_path)
+    with (tmp_path / "log.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["layer"] for row in found] == ["0", "1"] * 14
+    assert [int(row["tokens"]) for row in found[:4]] == [24, 24, 48, 48]
+    for row in found:
+        parts = sum(float(row[name]) for name in ("mse", "l1", "ghost"))
+        assert float(row["loss"]) == pytest.approx(parts, rel=1e-5)
+        assert 0 <= float(row["l0"]) <= 48 and 0 <= int(row["ghosts"]) <= 48
+
+
+def at(tokens: int, number: int) -> Callable[[int, list[StepLog]], None]:
+    """An `on_step` that sends this process a signal once `tokens` are done."""
+
+    def on_step(done: int, steps: list[StepLog]) -> None:
+        if done == tokens:
+            signal.raise_signal(number)
+
+    return on_step
+
+
+@pytest.mark.parametrize("changes", [{}, {"buffer": "fixed", "ghost": "fixed", "lr_warmup_steps": 30}])
+@pytest.mark.parametrize("tokens", [24, 128, 560, 896])
+def test_an_interrupted_run_goes_on_with_the_same_bits(
+    lm: LanguageModel, text: TextSource, tmp_path: Path, tokens: int, changes: dict[str, Any]
+) -> None:
+    plan = job(text, **changes)
+    wanted = [bits(trainee) for trainee in train(plan, lm, tmp_path / "whole")]
+    with pytest.raises(TrainingError, match=f"stopped at {tokens} of 900 tokens; the same command with --resume"):
+        train(plan, lm, tmp_path / "parts", on_step=at(tokens, signal.SIGTERM))
+    notes: list[str] = []
+    for trainee, bits_of_one in zip(
+        train(plan, lm, tmp_path / "parts", resume=True, note=notes.append), wanted, strict=True
+    ):
+        assert equal(bits(trainee), bits_of_one)
+    assert f"resumed at {tokens} of 900 tokens" in notes
+
+
+def test_an_interrupted_run_leaves_the_same_log(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    train(job(text), lm, tmp_path / "whole")
+    for tokens in (560, 688):
+        with pytest.raises(TrainingError):
+            train(job(text), lm, tmp_path / "parts", resume=tokens > 560, on_step=at(tokens, signal.SIGINT))
+    train(job(text), lm, tmp_path / "parts", resume=True)
+    assert (tmp_path / "parts" / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+
+
+def test_the_second_ctrl_c_interrupts_at_once(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    def on_step(done: int, steps: list[StepLog]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(job(text), lm, tmp_path, on_step=on_step)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_signal_handlers_are_put_back(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(job(text, tokens=30), lm, tmp_path)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def child(folder: Path, model: Path, text: Path, how: str) -> None:
+    """Train until killed: by a signal after 560 tokens, or at once when the third checkpoint is about to appear."""
+    checkpoints = 0
+
+    def kill_before_rename(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal checkpoints
+        if event == "os.rename" and str(arguments[1]).endswith("checkpoint.pt"):
+            checkpoints += 1
+            if checkpoints == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if how == "SIGKILL":
+        sys.addaudithook(kill_before_rename)
+    on_step = None if how == "SIGKILL" else at(560, signal.Signals[how])
+    try:
+        train(job(text_file(text)), load_language_model(model), folder, on_step=on_step)
+    except SaezooError as error:
+        sys.exit(str(error))
+
+
+@pytest.mark.parametrize("how, code", [("SIGINT", 1), ("SIGTERM", 1), ("SIGKILL", -signal.SIGKILL)])
+def test_a_killed_process_can_be_resumed(
+    lm: LanguageModel,
+    text: TextSource,
+    uninterrupted: list[Bits],
+    whole_folder: Path,
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    how: str,
+    code: int,
+) -> None:
+    assert text.path is not None
+    command = [sys.executable, __file__, str(tmp_path), str(tiny_model_folder), str(text.path), how]
+    environment = {**os.environ, "PYTHONPATH": str(Path(saezoo.__file__).parents[1])}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == code, process.stderr
+    assert (how == "SIGKILL") != ("stopped at 560 of 900 tokens" in process.stderr)
+    for trainee, wanted in zip(train(job(text), lm, tmp_path, resume=True), uninterrupted, strict=True):
+        assert equal(bits(trainee), wanted)
+    assert (tmp_path / "log.csv").read_text() == (whole_folder / "log.csv").read_text()
+
+
+@pytest.fixture
+def stopped(lm: LanguageModel, text: TextSource, tmp_path: Path) -> Path:
+    """The folder of a run that was interrupted after 128 tokens."""
+    with pytest.raises(TrainingError, match="stopped at 128"):
+        train(job(text), lm, tmp_path, on_step=at(128, signal.SIGTERM))
+    return tmp_path
+
+
+def refusal(plan: Job, lm: LanguageModel, folder: Path, *, resume: bool = True) -> str:
+    with pytest.raises(TrainingError) as caught:
+        train(plan, lm, folder, resume=resume)
+    return str(caught.value)
+
+
+def test_nothing_to_resume(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    message = refusal(job(text), lm, tmp_path)
+    assert message == f"nothing to resume: no {tmp_path / 'checkpoint.pt'}; leave --resume out to start"
+
+
+@pytest.mark.parametrize(
+    "changes, listed",
+    [
+        ({"lr": 0.5}, "lr: 0.01 in the checkpoint, 0.5 now"),
+        ({"seed": 8}, "seed: 7 in the checkpoint, 8 now"),
+        ({"tokens": 901}, "tokens: 900 in the checkpoint, 901 now"),
+        ({"layers": (1,)}, "layers: 0,1 in the checkpoint, 1 now"),
+        ({"ghost": "off", "buffer": "fixed"}, "ghost: bug in the checkpoint, off now"),
+    ],
+)
+def test_resuming_another_run(
+    lm: LanguageModel, text: TextSource, stopped: Path, changes: dict[str, Any], listed: str
+) -> None:
+    message = refusal(job(text, **changes), lm, stopped)
+    assert message.startswith(f"{stopped / 'checkpoint.pt'} belongs to another run (")
+    assert listed in message
+    assert message.endswith("; use its settings, or another --out")
+
+
+def test_resuming_with_another_text(lm: LanguageModel, stopped: Path, tmp_path: Path) -> None:
+    other = text_file(tmp_path / "other.txt")
+    assert "text: file:words.txt in the checkpoint, file:other.txt now" in refusal(job(other), lm, stopped)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_checkpoint(lm: LanguageModel, text: TextSource, stopped: Path, keep: float) -> None:
+    path = stopped / "checkpoint.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    message = refusal(job(text), lm, stopped)
+    assert message.startswith(f"{path} is damaged (")
+    assert message.endswith("); delete it and start again") and "\n" not in message
+
+
+@pytest.mark.parametrize("content", [{"other": 1}, [1, 2], {"job": {}}])
+def test_a_file_that_is_no_checkpoint(lm: LanguageModel, text: TextSource, tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "checkpoint.pt")
+    message = refusal(job(text), lm, tmp_path)
+    assert message.startswith(f"{tmp_path / 'checkpoint.pt'} ")
+
+
+def test_a_checkpoint_cannot_run_code(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden" / "malicious.pt"
+    (tmp_path / "checkpoint.pt").write_bytes(golden.read_bytes())
+    assert "is damaged" in refusal(job(text), lm, tmp_path)
+    assert not Path("PWNED").exists()
+
+
+def test_text_too_short(lm: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a few words<|endoftext|>and some more")
+    message = refusal(job(text_file(tmp_path / "short.txt")), lm, tmp_path, resume=False)
+    assert message == f"file:short.txt holds fewer than the {CALL} tokens of one store call; give more"
+
+
+def test_a_loss_that_is_not_finite(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    message = refusal(job(text, lr=1e30), lm, tmp_path, resume=False)
+    assert message.startswith("layer 0: the loss is ")
+    assert message.endswith(" tokens; lower the learning rate")
+
+
+def test_epochs_are_told(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    notes: list[str] = []
+    train(job(text, tokens=2000), lm, tmp_path, note=notes.append)
+    ends = [note for note in notes if note.startswith("end of file:words.txt after ")]
+    assert [note.split("; ")[1] for note in ends] == [f"epoch {i} begins" for i in range(2, len(ends) + 2)]
+    assert len(ends) > 2
+
+
+@pytest.mark.parametrize("b_dec_init", ["mean", "zero"])
+def test_other_starts_of_b_dec(lm: LanguageModel, text: TextSource, tmp_path: Path, b_dec_init: str) -> None:
+    (trainee,) = train(job(text, (1,), tokens=1, lr=1e-30, b_dec_init=b_dec_init), lm, tmp_path)
+    assert (float(trainee.parameters.b_dec.detach().abs().max()) < 1e-20) == (b_dec_init == "zero")
+
+
+if __name__ == "__main__":
+    child(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
