@@ -156,6 +156,15 @@ def test_the_original_may_go_on_after_its_state_was_taken() -> None:
     assert [ids(batch) for batch in state["pending"]] == pending
 
 
+def test_a_restored_buffer_stays_on_its_device() -> None:
+    """Checkpoints are read to the CPU; `meta` stands in for a GPU here."""
+    blocks = (block.to("meta") for block in numbered(8))
+    shape: dict[str, Any] = {"half": 1, "batch_size": 4, "mode": "fixed"}
+    buffer = ActivationBuffer(blocks, permute=lambda n: torch.arange(n, device="meta"), **shape)
+    buffer.restore(random_buffer("fixed", half=1, block=8, batch_size=4, seed=0).state())
+    assert buffer.storage.device.type == next(buffer).device.type == "meta"
+
+
 @pytest.mark.parametrize("centre", [False, True])
 def test_activations_are_the_hidden_states(tiny_model_folder: Path, centre: bool) -> None:
     lm = load_language_model(tiny_model_folder)

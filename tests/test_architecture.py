@@ -92,7 +92,7 @@ def test_transformer_lens_is_known_to_one_module() -> None:
 
 
 def test_public_names_are_sorted_complete_and_there() -> None:
-    assert saezoo.__all__ == sorted(saezoo.__all__)
+    assert saezoo.__all__ == sorted(saezoo.__all__, key=lambda name: (not name.isupper(), name))
     tree = TREES["__init__"]
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert names - {"annotations", "TYPE_CHECKING", "Any"} == set(saezoo.__all__)

@@ -371,6 +371,8 @@ def test_refusals(tmp_path: Path, old: str, new: str, message: str) -> None:
         ("context_size: 128", "context_size: 0", 16, "context_size"),
         ("layer: 1,", "layer: -1,", 27, "layer"),
         ("folder: .,", "", 23, "repo"),
+        ("format: saelens", "format: legacy", 23, "config"),
+        ("config: c", "config: null", 23, "config"),
     ],
 )
 def test_refusals_beyond_types(tmp_path: Path, old: str, new: str, line: int, message: str) -> None:
@@ -378,6 +380,26 @@ def test_refusals_beyond_types(tmp_path: Path, old: str, new: str, line: int, me
     assert found.isdigit()
     assert abs(int(found) - line) <= 6  # the record's line or the value's
     assert message in rest
+
+
+@pytest.mark.parametrize(("key", "empty"), [("saes", []), ("layouts", {})])
+def test_an_empty_collection(small_registry: dict[str, Any], tmp_path: Path, key: str, empty: object) -> None:
+    """The commands show the first SAE and load the first layout: there must be one."""
+    small_registry["collections"]["small"][key] = empty
+    with pytest.raises(RegistryError, match=rf"mine\.yaml:\d+: collections\.small.*{key}"):
+        read_registry(write_registry(tmp_path / "mine.yaml", small_registry))
+
+
+def test_a_replaced_model_or_recipe_is_replaced_everywhere(tmp_path: Path) -> None:
+    """`eval` takes the model from the registry, `reproduce` from the entry."""
+    model = dataclasses.asdict(BUILT_IN.models["gpt2-small"]) | {"repo": "owner/mirror", "facts": {}, "source": ["x"]}
+    recipe = dataclasses.asdict(BUILT_IN.recipe("feb2024")) | {"tokens": 4096, "source": ["x"]}
+    content = {"version": 1, "sources": {"x": "y"}, "models": {"gpt2-small": model}, "recipes": {"feb2024": recipe}}
+    registry = read_registry(write_registry(tmp_path / "mine.yaml", content))
+    (entry,) = registry.find("gpt2-small-res", 0)
+    assert registry.models["gpt2-small"].repo == "owner/mirror"
+    assert entry.model == registry.models["gpt2-small"]
+    assert entry.recipe == registry.recipe("feb2024")
 
 
 def test_an_overlay_that_is_not_there(tmp_path: Path) -> None:
