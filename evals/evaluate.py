@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saezoo.entries import Protocol
 from saezoo.errors import UsageError
 from saezoo.evals import counts, intervals
 from saezoo.evals.metrics import PER_TOKEN
 from saezoo.geometric_median import geometric_median
 from saezoo.lm import LanguageModel, depth_of
-from saezoo.registry import Protocol
 from saezoo.results import Measured, Result
 from saezoo.sae import SAE
 from saezoo.tokens import Rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from saezoo.entries import Entry
 from saezoo.errors import (
     DownloadError,
     RegistryError,
@@ -19,11 +20,12 @@ from saezoo.errors import (
     WeightsError,
 )
 from saezoo.loading import load
-from saezoo.registry import Entry, Registry, read_registry
+from saezoo.registry import Registry, read_registry
 
 if TYPE_CHECKING:
+    from saezoo.reproduction import reproduce
     from saezoo.sae import SAE, SAEConfig
-    from saezoo.workflows import Options, Session, evaluate, load_session, reproduce
+    from saezoo.workflows import Options, Session, evaluate, load_session
 
 __all__ = [
     "SAE",
@@ -53,7 +55,7 @@ _NEED_TORCH = {
     "Session": "saezoo.workflows",
     "evaluate": "saezoo.workflows",
     "load_session": "saezoo.workflows",
-    "reproduce": "saezoo.workflows",
+    "reproduce": "saezoo.reproduction",
 }
 
 
@@ -64,3 +66,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_NEED_TORCH[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NEED_TORCH})

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import json
+import os
+import sys
+import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from saezoo.entries import Entry
 from saezoo.errors import SaezooError
-from saezoo.registry import Entry, read_registry
+from saezoo.registry import read_registry
 
 if TYPE_CHECKING:
     from saezoo.results import Result
@@ -40,11 +46,23 @@ class _Group(click.Group):
         except SaezooError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            click.echo("Error: no space left where the output goes; free some, or send it elsewhere", err=True)
+            os._exit(1)  # an ordinary exit would flush stdout, and fail again
+
+
+def _version() -> str:
+    try:
+        return metadata.version("saezoo")
+    except metadata.PackageNotFoundError:
+        return "(a checkout that is not installed)"
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--registry", type=click.Path(path_type=Path), help="Overlay registry file (or SAEZOO_REGISTRY).")
-@click.version_option(package_name="saezoo")
+@click.version_option(_version(), prog_name="saezoo")
 @click.pass_context
 def main(ctx: click.Context, registry: Path | None) -> None:
     """The zoo, the scales and the workshop for sparse autoencoders."""
@@ -60,7 +78,9 @@ def _runtime_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--text", help="`builtin` or a file (.txt, .jsonl).  [default: the bundled text]"),
             click.option("--dataset", help="Registry data set (openwebtext) or hub id, streamed."),
             click.option("--device", default="cpu", show_default=True, help="torch device."),
-            click.option("--seed", default=0, show_default=True, help="Seed of everything random."),
+            click.option(
+                "--seed", default=0, type=click.IntRange(0, 2**32), show_default=True, help="Seed of everything random."
+            ),
             click.option("--offline", is_flag=True, help="Never touch the network."),
         ]
     ):
@@ -149,12 +169,14 @@ def eval_command(
     """Measure SAEs of a COLLECTION (or one local SAE folder) on text."""
     from saezoo import workflows
 
+    if str(csv_path) == "-" and json_path == "-":
+        raise click.UsageError("--csv - and --json would both go to stdout; give one of them a file")
     runtime = {key: options.pop(key) for key in ("text", "dataset", "device", "seed", "offline", "dtype")}
     with _progress("evaluating") as progress:
         results = workflows.evaluate(
             collection,
             layers,
-            tokens_wanted=tokens or workflows.EVAL_TOKENS,
+            tokens=tokens or workflows.EVAL_TOKENS,
             on_progress=progress,
             options=workflows.Options(registry=registry, note=_note, **runtime),
             **options,
@@ -162,7 +184,7 @@ def eval_command(
     _deliver(results, csv_path, json_path)
 
 
-@main.command()
+@main.command("reproduce")
 @click.argument("collection")
 @click.argument("layers")
 @click.option("--tokens", type=click.IntRange(min=1), help="Activations to train on.  [default: the recipe's]")
@@ -172,7 +194,7 @@ def eval_command(
 @click.option("--eval-tokens", type=click.IntRange(min=1), help="Tokens of the final evaluation.")
 @_runtime_options
 @click.pass_obj
-def reproduce(
+def reproduce_command(
     registry: Path | None,
     /,
     collection: str,
@@ -185,15 +207,15 @@ def reproduce(
     **runtime: Any,
 ) -> None:
     """Train SAEs again by their recipe, and compare with what was published."""
-    from saezoo import workflows
+    from saezoo import reproduction, workflows
 
     folder = out or Path("runs") / collection
     with _progress("training") as on_train, _progress("evaluating") as on_eval:
-        results = workflows.reproduce(
+        results = reproduction.reproduce(
             collection,
             layers,
             out=folder,
-            tokens_wanted=tokens,
+            tokens=tokens,
             recipe=recipe,
             resume=resume,
             eval_tokens=eval_tokens or workflows.EVAL_TOKENS,
@@ -230,12 +252,14 @@ def _write(path: str, text: str) -> None:
 
 
 class _Progress:
-    """A rich progress bar on stderr that appears with the first call: (done, in all)."""
+    """Progress on stderr that appears with the first call: a bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, label: str) -> None:
         self._label = label
         self._bar: Any = None
         self._task: Any = None
+        self._started = time.monotonic()
+        self._next_line = self._started + 10
 
     def __enter__(self) -> _Progress:
         return self
@@ -245,6 +269,9 @@ class _Progress:
             self._bar.stop()
 
     def __call__(self, done: int, total: int, status: str = "") -> None:
+        if not sys.stderr.isatty():
+            self._line(done, total, status)
+            return
         if self._bar is None:
             self._bar = _new_bar()
             self._task = self._bar.add_task(self._label, total=total, status="")
@@ -252,6 +279,15 @@ class _Progress:
         self._bar.update(self._task, completed=done, status=status)
         if done >= total:
             self._bar.stop()
+
+    def _line(self, done: int, total: int, status: str) -> None:
+        now = time.monotonic()
+        if now < self._next_line:
+            return
+        self._next_line = now + 10
+        speed = done / (now - self._started)
+        left = (total - done) / speed
+        _note(f"{self._label} {done / total:.0%}, {speed:,.0f} tokens/s, {left:,.0f} s left  {status}".rstrip())
 
 
 def _new_bar() -> Any:
@@ -285,8 +321,6 @@ class _TrainingLine:
         self._next = 0.0
 
     def __call__(self, done: int, total: int, names: Sequence[str], logs: list[Any]) -> None:
-        import time
-
         if time.monotonic() < self._next and done < total:
             return
         self._next = time.monotonic() + 0.5
@@ -298,12 +332,17 @@ class _TrainingLine:
 def _print_table(table: Any) -> None:
     from rich.console import Console
 
-    console = Console()
-    Console(width=max(100, console.width) if not console.is_terminal else None).print(table)
+    # Names come from registry files and folders: none of their text is markup.
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = max(100, console.width)
+    console.print(table)
+    sys.stdout.flush()
 
 
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
+    sys.stdout.flush()
 
 
 def _as_dict(entry: Entry) -> dict[str, Any]:

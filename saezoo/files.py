@@ -6,7 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,16 +19,18 @@ _CHUNK = 1 << 20
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` on success, remove it otherwise.
 
+    What is there and no regular file (a pipe, /dev/stdout) is yielded itself: it cannot be replaced.
     Raises SaezooError, one line, if the folder cannot be written or the disk is full.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        os.chmod(name, 0o644)  # mkstemp gives 0600, which nobody else could read
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask
     except OSError as error:
         raise cannot_write(path, error) from None
-    temporary = Path(name)
     try:
         yield temporary
         os.replace(temporary, path)

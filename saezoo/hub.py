@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saezoo import files
+from saezoo.entries import Entry, FileFacts, Layout, Model
 from saezoo.errors import DownloadError, UsageError
-from saezoo.registry import Entry, FileFacts, Layout, Model
 
 _UNKNOWN = FileFacts(sha256=None, bytes=None)
 _MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")

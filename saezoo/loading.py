@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saezoo import hub
+from saezoo.entries import Entry
 from saezoo.errors import UsageError, WeightsError
-from saezoo.registry import Entry, read_registry
+from saezoo.registry import read_registry
 
 if TYPE_CHECKING:
     import torch
@@ -64,9 +65,10 @@ def load_entry(
     from saezoo.weights import read_legacy, read_saelens
 
     fetched = hub.fetch(entry, layout, offline=offline)
-    if fetched.config is None:
+    if hub.layout_of(entry, layout).format == "legacy":
         weights = read_legacy(fetched.weights, fetched.sparsity)
     else:
+        assert fetched.config is not None  # Layout sees to that
         weights = read_saelens(fetched.weights, fetched.config, fetched.sparsity)
     found = tuple(weights.tensors["W_enc"].shape)
     if found != (entry.d_in, entry.d_sae):
@@ -95,7 +97,9 @@ def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """`"bfloat16"` -> torch.bfloat16; UsageError for a name that is no floating-point dtype."""
     import torch
 
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise UsageError(f"`{dtype}` is not a floating-point dtype; use float32, bfloat16, float16 or float64")
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    found = known.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in known.values():
+        raise UsageError(f"dtype `{dtype}` is not supported; use {', '.join(known)}")
+    assert found is not None
     return found

@@ -15,124 +15,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from saezoo import strict_yaml
+from saezoo.entries import Dataset, Entry, FileFacts, Layout, Model, Published, Recipe
 from saezoo.errors import RegistryError, UsageError
 
 VERSION = 1
-Protocol = Literal["standard", "feb2024"]
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """What is known about the bytes of one file; None where nobody has published it."""
-
-    sha256: str | None
-    bytes: int | None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One published form of an SAE. In `registry.yaml` the file names may hold `{hook}`."""
-
-    format: Literal["saelens", "legacy"]
-    """`saelens`: a folder of cfg.json + safetensors. `legacy`: the pickle of February 2024."""
-    weights: str
-    config: str | None
-    sparsity: str | None
-    source: tuple[str, ...]
-    repo: str | None = None
-    """Hugging Face model repository, or None for files that lie in `folder`."""
-    revision: str | None = None
-    folder: str | None = None
-    """Folder of the files, relative to the registry file (to the package for the built-in one)."""
-    facts: dict[str, FileFacts] = field(default_factory=dict)
-    """`weights`, `config`, `sparsity` -> size and hash."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """The frozen language model that an SAE reads."""
-
-    architecture: Literal["gpt2"]
-    n_layers: int
-    d_model: int
-    n_positions: int
-    vocab: int
-    licence: str
-    source: tuple[str, ...]
-    repo: str | None = None
-    revision: str | None = None
-    folder: str | None = None
-    facts: dict[str, FileFacts] = field(default_factory=dict)
-    """File name -> size and hash."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Text on the Hugging Face hub that the SAE was trained on."""
-
-    repo: str
-    revision: str | None
-    data_files: str | None
-    """Glob of parquet files in the repository; None lets `datasets` find them."""
-    split: str
-    text_column: str
-    licence: str | None
-    source: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Every hyperparameter of one training; units in the field docs. No run-time options (device, paths) in here."""
-
-    l1_coefficient: float
-    """λ in MSE + λ·mean_b Σ_i |f_bi|, where MSE is the mean over batch and dimensions of e²/‖x_b‖."""
-    lr: float
-    lr_warmup_steps: int
-    """Linear from 0 over this many steps; 0 is a constant rate."""
-    batch_size: int
-    """Activations in one step."""
-    tokens: int
-    """Activations to train on; the last step may overshoot."""
-    store_rows: int
-    """Rows of `context_size` tokens in one call of the token store."""
-    buffer_batches: int
-    """The activation buffer holds this many store calls; half of it is refilled at a time."""
-    buffer: Literal["bug", "fixed"]
-    """Which half of the mixed buffer is trained on: `bug` the half that also stays, `fixed` the other one."""
-    ghost: Literal["off", "bug", "fixed"]
-    """Ghost gradients: `bug` exp(ReLU(pre)) as the post ran it, `fixed` exp(pre)."""
-    dead_after_steps: int
-    """A feature that has not fired for more than this many steps gets ghost gradients."""
-    sampling_window_steps: int
-    """Log feature sparsity is computed over the last complete window of this many steps."""
-    b_dec_init: Literal["geometric_median", "mean", "zero"]
-    skip_documents: int
-    """Documents lost at the start of the data; the original's start-up check consumed two."""
-    source: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        positive = ("l1_coefficient", "lr", "batch_size", "tokens", "store_rows", "dead_after_steps")
-        for name in (*positive, "sampling_window_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be above 0, not {getattr(self, name)}")
-        if self.lr_warmup_steps < 0 or self.skip_documents < 0:
-            raise ValueError("`lr_warmup_steps` and `skip_documents` must be 0 or more")
-        if self.buffer_batches < 2 or self.buffer_batches % 2:
-            raise ValueError(f"`buffer_batches` must be even and at least 2, not {self.buffer_batches}")
-
-
-@dataclass(frozen=True)
-class Published:
-    """Which protocol and sample the published numbers of a collection were measured with, and what they mean."""
-
-    protocol: Protocol
-    sample: str
-    definitions: dict[str, str]
-    """Our metric's name -> how the source defines it."""
-    source: tuple[str, ...]
+_Placed = TypeVar("_Placed", Layout, Model)
 
 
 @dataclass(frozen=True)
@@ -145,6 +35,10 @@ class _Sae:
     name: str | None = None
     hook: str | None = None
     in_all: bool = True
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise ValueError(f"`layer` must be 0 or more, not {self.layer}")
 
 
 @dataclass(frozen=True)
@@ -167,6 +61,14 @@ class _Collection:
     published: Published
     saes: tuple[_Sae, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae", "context_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be above 0, not {getattr(self, name)}")
+        for name in ("saes", "layouts"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` must list at least one")
+
 
 @dataclass(frozen=True)
 class _File:
@@ -179,51 +81,13 @@ class _File:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One SAE of the zoo, everything resolved."""
-
-    collection: str
-    name: str
-    """What users type after the collection: `10`, or `11-post`."""
-    in_all: bool
-    """False for siblings that `all` leaves out."""
-    title: str
-    layer: int
-    hook: str
-    """TransformerLens' name of the activation, e.g. `blocks.10.hook_resid_pre`."""
-    model_name: str
-    model: Model
-    d_in: int
-    d_sae: int
-    context_size: int
-    """Tokens per row in training; positions beyond it were never seen."""
-    prepend_bos: bool
-    centre: bool
-    """True: the SAE wants the residual minus its mean over d_model (TransformerLens' centred writing weights)."""
-    dtype: str
-    licence: str
-    layouts: dict[str, Layout]
-    """In order of preference; `load` takes the first."""
-    neuronpedia: str | None
-    definitions: Published
-    published: dict[str, float | None]
-    """Our metric's name -> the published value."""
-    recipe_name: str
-    recipe: Recipe
-    dataset_name: str | None
-    dataset: Dataset | None
-    source: tuple[str, ...]
-    origin: str
-    """The registry file this came from; `built-in` for the package's own."""
-
-
-@dataclass(frozen=True)
 class Registry:
     """All entries by collection, in registry order, and the recipes by name."""
 
     collections: Mapping[str, tuple[Entry, ...]]
     recipes: Mapping[str, Recipe]
     models: Mapping[str, Model]
+    datasets: Mapping[str, Dataset]
 
     def find(self, collection: str, layers: str | int = "all") -> list[Entry]:
         """The entries of `collection` that `layers` names: `10`, `0-3,7`, `11-post` or `all`.
@@ -240,7 +104,7 @@ class Registry:
         for part in str(layers).split(","):
             for name in _expand(part.strip(), by_name):
                 if name not in by_name:
-                    raise UsageError(_unknown(f"layer of `{collection}`", name, by_name))
+                    raise UsageError(f"`{collection}` has {_unknown('layer', name, by_name)}")
                 found[name] = by_name[name]
         return list(found.values())
 
@@ -259,66 +123,107 @@ def package_folder() -> Path:
 def read_registry(overlay: Path | str | None = None) -> Registry:
     """The built-in registry, overlaid by a user's file of the same form.
 
-    `overlay`, or else the environment variable SAEZOO_REGISTRY, names that file. Its collections, recipes and models
-    are added; one with a built-in's name replaces it, and `saezoo list` shows where each entry came from.
+    `overlay`, or else the environment variable SAEZOO_REGISTRY, names that file. What it defines is added; a
+    collection, model, data set or recipe with a built-in's name replaces it, also for the built-in entries that use
+    it. `saezoo list` shows where each collection came from. Raises RegistryError: file, line, what and remedy.
     """
     path = str(overlay) if overlay is not None else os.environ.get("SAEZOO_REGISTRY", "")
-    return _read(str(Path(path).resolve()) if path else None)
+    if not path:
+        return _read(None, None)
+    try:
+        stamp = os.stat(path)
+    except OSError as error:
+        raise RegistryError(f"{path}: cannot be read: {error.strerror}") from None
+    return _read(str(Path(path).resolve()), (stamp.st_mtime_ns, stamp.st_size))
 
 
 @functools.lru_cache(maxsize=8)
-def _read(overlay: str | None) -> Registry:
-    base = _located(
-        strict_yaml.read(package_folder() / "registry.yaml", _File, label="registry.yaml"), package_folder()
-    )
-    files = [("built-in", base)]
+def _read(overlay: str | None, stamp: tuple[int, int] | None) -> Registry:
+    """`stamp` is part of the cache's key, so that an edited file is read again."""
+    files = [_load("built-in", package_folder() / "registry.yaml")]
     if overlay is not None:
-        files.append((overlay, _located(strict_yaml.read(Path(overlay), _File), Path(overlay).parent)))
-    models: dict[str, Model] = {}
-    datasets: dict[str, Dataset] = {}
-    recipes: dict[str, Recipe] = {}
-    sources: dict[str, str] = {}
-    collections: dict[str, tuple[Entry, ...]] = {}
-    for origin, file in files:
-        if file.version != VERSION:
-            raise RegistryError(f"{_shown(origin)}: version {file.version} is not the {VERSION} that this saezoo reads")
-        models.update(file.models)
-        datasets.update(file.datasets)
-        recipes.update(file.recipes)
-        sources.update(file.sources)
-        for name, spec in file.collections.items():
-            resolve = _Resolver(origin, name, spec, models, datasets, recipes)
-            collections[name] = resolve.entries()
-        _check_sources(origin, file, sources)
-    return Registry(collections, recipes, models)
-
-
-def _located(file: _File, base: Path) -> _File:
-    """The same, with every `folder` made absolute."""
-
-    def at(item: Layout | Model) -> str | None:
-        return None if item.folder is None else str(base / item.folder)
-
-    models = {key: dataclasses.replace(model, folder=at(model)) for key, model in file.models.items()}
-    collections = {
-        key: dataclasses.replace(
-            spec, layouts={k: dataclasses.replace(layout, folder=at(layout)) for k, layout in spec.layouts.items()}
+        files.append(_load(overlay, Path(overlay)))
+    everything = _File(version=VERSION)
+    for file in files:
+        everything = _File(
+            version=VERSION,
+            sources=everything.sources | file.content.sources,
+            models=everything.models | file.content.models,
+            datasets=everything.datasets | file.content.datasets,
+            recipes=everything.recipes | file.content.recipes,
         )
-        for key, spec in file.collections.items()
+        _check_sources(file, everything.sources)
+    collections: dict[str, tuple[Entry, ...]] = {}
+    for file in files:
+        for name, spec in file.content.collections.items():
+            collections[name] = _Resolver(file, name, spec, everything).entries()
+    return Registry(collections, everything.recipes, everything.models, everything.datasets)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """One registry file."""
+
+    origin: str
+    """`built-in`, or its path."""
+    label: str
+    """What messages call it."""
+    path: Path
+    content: _File
+
+    def error(self, line: int, message: str) -> RegistryError:
+        return RegistryError(f"{self.label}:{line}: {message}")
+
+    def line_of(self, pattern: str) -> int:
+        """Number of the first line that matches; 1 if none does."""
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        return next((n for n, line in enumerate(lines, start=1) if re.search(pattern, line)), 1)
+
+
+def _load(origin: str, path: Path) -> _Loaded:
+    label = "registry.yaml" if origin == "built-in" else origin
+    content = strict_yaml.read(path, _File, label=label)
+    # Folders are relative to the file; the built-in one is found through a link, so this is the package's folder.
+    models = {key: _located(model, path.parent) for key, model in content.models.items()}
+    collections = {
+        key: dataclasses.replace(spec, layouts={k: _located(v, path.parent) for k, v in spec.layouts.items()})
+        for key, spec in content.collections.items()
     }
-    return dataclasses.replace(file, models=models, collections=collections)
+    file = _Loaded(origin, label, path, dataclasses.replace(content, models=models, collections=collections))
+    if content.version != VERSION:
+        line = file.line_of(r"^version\b")
+        raise file.error(line, f"version {content.version} is not the {VERSION} that this saezoo reads; update saezoo")
+    return file
+
+
+def _located(item: _Placed, base: Path) -> _Placed:
+    """The same, with its `folder` made absolute."""
+    return item if item.folder is None else dataclasses.replace(item, folder=str(base / item.folder))
+
+
+def _check_sources(file: _Loaded, sources: Mapping[str, str]) -> None:
+    content = file.content
+    groups: list[Iterable[Model | Dataset | Recipe | _Collection | Layout | Published]] = [
+        content.models.values(),
+        content.datasets.values(),
+        content.recipes.values(),
+        content.collections.values(),
+        *(spec.layouts.values() for spec in content.collections.values()),
+        [spec.published for spec in content.collections.values()],
+    ]
+    for key in sorted({key for group in groups for item in group for key in item.source} - set(sources)):
+        line = file.line_of(rf"source:.*\b{re.escape(key)}\b")
+        raise file.error(line, f"{_unknown('source', key, sources)} (sources are spelled out under `sources:`)")
 
 
 @dataclass(frozen=True)
 class _Resolver:
     """Turns the short records of one collection into entries."""
 
-    origin: str
+    file: _Loaded
     name: str
     spec: _Collection
-    models: Mapping[str, Model]
-    datasets: Mapping[str, Dataset]
-    recipes: Mapping[str, Recipe]
+    known: _File
 
     def entries(self) -> tuple[Entry, ...]:
         entries: dict[str, Entry] = {}
@@ -346,7 +251,7 @@ class _Resolver:
             layer=sae.layer,
             hook=hook,
             model_name=spec.model,
-            model=self._named("model", spec.model, self.models),
+            model=self._named("model", spec.model, self.known.models),
             d_in=spec.d_in,
             d_sae=spec.d_sae,
             context_size=spec.context_size,
@@ -359,23 +264,20 @@ class _Resolver:
             definitions=spec.published,
             published=dict(sae.published),
             recipe_name=spec.recipe,
-            recipe=self._named("recipe", spec.recipe, self.recipes),
+            recipe=self._named("recipe", spec.recipe, self.known.recipes),
             dataset_name=spec.dataset,
-            dataset=None if spec.dataset is None else self._named("dataset", spec.dataset, self.datasets),
+            dataset=None if spec.dataset is None else self._named("data set", spec.dataset, self.known.datasets),
             source=spec.source,
-            origin=self.origin,
+            origin=self.file.origin,
         )
 
     def _named(self, kind: str, name: str, table: Mapping[str, strict_yaml.T]) -> strict_yaml.T:
         if name not in table:
-            raise RegistryError(
-                f"{_shown(self.origin)}:{self.spec.line}: collections.{self.name}: {_unknown(kind, name, table)}"
-            )
+            raise self.file.error(self.spec.line, f"collections.{self.name}: {_unknown(kind, name, table)}")
         return table[name]
 
     def _fail(self, sae: _Sae, message: str) -> RegistryError:
-        where = f"collections.{self.name} layer {sae.name or sae.layer}"
-        return RegistryError(f"{_shown(self.origin)}:{sae.line}: {where}: {message}")
+        return self.file.error(sae.line, f"collections.{self.name} layer {sae.name or sae.layer}: {message}")
 
 
 def _filled(layout: Layout, hook: str, facts: dict[str, FileFacts]) -> Layout:
@@ -391,26 +293,9 @@ def _filled(layout: Layout, hook: str, facts: dict[str, FileFacts]) -> Layout:
     )
 
 
-def _shown(origin: str) -> str:
-    return "registry.yaml" if origin == "built-in" else origin
-
-
-def _check_sources(origin: str, file: _File, sources: Mapping[str, str]) -> None:
-    cited: set[str] = set()
-    for group in (file.models, file.datasets, file.recipes, file.collections):
-        for item in group.values():
-            cited.update(item.source)
-    for collection in file.collections.values():
-        cited.update(collection.published.source)
-        for layout in collection.layouts.values():
-            cited.update(layout.source)
-    for key in sorted(cited - set(sources)):
-        raise RegistryError(f"{_shown(origin)}: {_unknown('source', key, sources)}; add it under `sources:`")
-
-
 def _expand(part: str, names: Mapping[str, Entry]) -> list[str]:
     """`0-3` -> 0, 1, 2, 3; anything else (also the name `11-post`) -> itself."""
-    match = re.fullmatch(r"(\d+)-(\d+)", part)
+    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", part)
     if part in names or not match:
         return [part]
     first, last = int(match[1]), int(match[2])

@@ -16,6 +16,7 @@ from saezoo import files
 if TYPE_CHECKING:
     import pandas
     from rich.table import Table
+    from rich.text import Text
 
 
 class Measured(NamedTuple):
@@ -82,12 +83,12 @@ def to_csv(results: Sequence[Result]) -> str:
 
 
 def to_json(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """JSON-ready records: the CSV's columns with NaN as null, and the histogram as lists."""
+    """JSON-ready records: the CSV's columns with NaN and infinity as null, and the histogram as lists."""
     records = []
     for result in results:
         row = result.flat()
         row["density_histogram"] = result.histogram
-        records.append({key: None if _is_nan(value) else value for key, value in row.items()})
+        records.append({key: value if _finite(value) else None for key, value in row.items()})
     return records
 
 
@@ -97,84 +98,70 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
 def table(results: Sequence[Result]) -> Table:
     """The table for the terminal, at most 100 columns: the protocol decides which metrics it shows."""
-    return _published_table(results) if results[0].protocol == "feb2024" else _standard_table(results)
-
-
-def _standard_table(results: Sequence[Result]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
-    columns = (
-        ("ΔCE", "ce_delta", 4),
-        ("CE score", "ce_score", 4),
-        ("KL", "kl_sae", 4),
-        ("expl. var.", "explained_variance", 4),
-        ("L0", "l0", 1),
-        ("alive", "alive_fraction", 4),
-        (">1/100", "dense_100", 0),
-    )
-    shown = Table(title=_title(results), caption=_caption(results), caption_justify="left")
-    shown.add_column("layer", justify="right")
-    for label, _, _ in columns:
-        shown.add_column(label, justify="right")
-    shown.add_column("log10 density")
-    for result in results:
-        row = [result.layer]
-        row += [_cell(result, name, digits) for _, name, digits in columns]
-        shown.add_row(*row, sparkline(result.histogram["counts"]))
-    return shown
-
-
-def _published_table(results: Sequence[Result]) -> Table:
-    from rich.table import Table
-
-    columns = (
-        ("CE with SAE", "ce_sae", 3),
-        ("expl. var. (uncentred)", "explained_variance_uncentred", 4),
-        ("L1", "l1", 2),
-        ("L0", "l0", 2),
-        ("alive", "alive_fraction", 4),
-    )
-    shown = Table(title=_title(results), caption=_caption(results), caption_justify="left")
-    shown.add_column("layer", justify="right")
-    for label, _, _ in columns:
-        shown.add_column(label, justify="right")
-    for result in results:
-        shown.add_row(result.layer, *(_cell(result, name, digits) for _, name, digits in columns))
-    return shown
-
-
-def _title(results: Sequence[Result]) -> str:
     first = results[0]
-    return f"{first.collection} · {first.protocol} protocol · {first.tokens:,} tokens of {first.text}"
-
-
-def _caption(results: Sequence[Result]) -> str:
-    lines = ["second line of a cell: 95 % interval over documents"]
+    columns = _FEB2024_COLUMNS if first.protocol == "feb2024" else _STANDARD_COLUMNS
+    lines = ["±: half of the 95 % interval over documents"]
     if any(result.published for result in results):
-        lines.append("third line: the published value")
-    return "; ".join(lines)
+        lines.append("last line of a row: published")
+    shown = Table(
+        title=Text(f"{first.collection} · {first.protocol} protocol · {first.tokens:,} tokens of {first.text}"),
+        caption="; ".join(lines),
+        caption_justify="left",
+    )
+    shown.add_column("layer", justify="right")
+    for label, _, _ in columns:
+        shown.add_column(label, justify="right")
+    shown.add_column("log10 density -6…0")
+    for result in results:
+        cells = [_cell(result, name, digits) for _, name, digits in columns]
+        shown.add_row(Text(result.layer), *cells, sparkline(result.histogram["counts"]))
+    return shown
 
 
-def _cell(result: Result, name: str, digits: int) -> str:
-    if name not in result.metrics:
-        return "-"
+_STANDARD_COLUMNS = (
+    ("ΔCE", "ce_delta", 4),
+    ("CE score", "ce_score", 4),
+    ("expl. var.", "explained_variance", 4),
+    ("L0", "l0", 2),
+    ("alive", "alive_fraction", 4),
+    (">1/100", "dense_100", 0),
+)
+_FEB2024_COLUMNS = (
+    ("CE with SAE", "ce_sae", 3),
+    ("expl. var. unc.", "explained_variance_uncentred", 4),
+    ("L1", "l1", 2),
+    ("L0", "l0", 2),
+    ("alive", "alive_fraction", 4),
+)
+
+
+def _cell(result: Result, name: str, digits: int) -> Text:
+    """Value, half its interval, and (if the row has published values) the published one."""
+    from rich.text import Text
+
     value, lo, hi = result.metrics[name]
-    lines = [_number(value, digits)]
-    lines.append("" if lo is None or hi is None else f"[dim]{_number(lo, digits)}–{_number(hi, digits)}[/dim]")
+    cell = Text(_number(value, digits))
+    if lo is not None and hi is not None and math.isfinite(hi - lo):
+        cell.append(f"\n±{_number((hi - lo) / 2, digits)}", style="dim")
+    elif result.published:
+        cell.append("\n")
     if result.published:
         published = result.published.get(name)
-        lines.append("" if published is None else f"[cyan]{_number(published, digits)}[/cyan]")
-    return "\n".join(lines)
+        cell.append("\n" + ("" if published is None else _number(published, digits)), style="cyan")
+    return cell
 
 
 def _number(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:,.{digits}f}"
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "-"
+
+
+def _finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def sparkline(counts: Sequence[int]) -> str:

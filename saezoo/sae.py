@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from saezoo import files
-from saezoo.errors import UsageError, WeightsError
+from saezoo.errors import SaezooError, UsageError, WeightsError
 from saezoo.weights import NAMES, Weights, read_legacy, read_saelens
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,11 @@ class SAE(nn.Module):
         folder = Path(folder)
         tensors = {name: getattr(self, name).detach().to("cpu", dtype).contiguous() for name in NAMES}
         _save_tensors(folder / "sae_weights.safetensors", tensors)
+        sparsity = folder / "sparsity.safetensors"
         if self.log_sparsity is not None:
-            _save_tensors(folder / "sparsity.safetensors", {"sparsity": self.log_sparsity.cpu().float().contiguous()})
+            _save_tensors(sparsity, {"sparsity": self.log_sparsity.cpu().float().contiguous()})
+        elif sparsity.is_file():
+            sparsity.unlink()  # of the SAE that was here before
         with files.replacing(folder / "cfg.json") as path:
             path.write_text(json.dumps(_saelens_config(self.config, dtype), indent=2) + "\n", encoding="utf-8")
         return folder
@@ -133,7 +139,8 @@ def from_weights(weights: Weights, where: str, *, device: str, dtype: torch.dtyp
 
 def _config_from(cfg: dict[str, Any], where: str, d_in: int, d_sae: int) -> SAEConfig:
     """Read the keys of 2024's and of today's SAELens; refuse what would need another forward pass."""
-    cfg = {**cfg, **(cfg.get("metadata") or {})}  # SAELens 6 keeps what is not architecture under `metadata`
+    metadata = _typed(cfg, "metadata", dict, where) or {}  # where SAELens 6 keeps what is not architecture
+    cfg = {**cfg, **metadata}
     for key, known in (("d_in", d_in), ("d_sae", d_sae)):
         if cfg.get(key, known) != known:
             raise WeightsError(f"{where}: cfg.json says {key} {cfg[key]}, the tensors say {known}")
@@ -151,17 +158,29 @@ def _config_from(cfg: dict[str, Any], where: str, d_in: int, d_sae: int) -> SAEC
         if cfg.get(key) not in supported:
             raise WeightsError(f"{where}: `{key}: {cfg[key]}` is not supported; only plain ReLU SAEs are")
     # Absent in files of early 2024, which were all trained on TransformerLens' default, centred, residual stream.
-    model_kwargs = cfg.get("model_from_pretrained_kwargs")
+    model_kwargs = _typed(cfg, "model_from_pretrained_kwargs", dict, where)
+    centred = None if model_kwargs is None else _typed(model_kwargs, "center_writing_weights", bool, where)
+    context_size = _typed(cfg, "context_size", int, where)
+    if context_size is not None and context_size < 1:
+        raise WeightsError(f"{where}: cfg.json says `context_size: {context_size}`; it must be above 0")
     return SAEConfig(
         d_in=d_in,
         d_sae=d_sae,
-        hook=cfg.get("hook_name") or cfg.get("hook_point"),
-        model_name=cfg.get("model_name"),
-        context_size=cfg.get("context_size"),
-        prepend_bos=cfg.get("prepend_bos", True),
-        centre=True if model_kwargs is None else bool(model_kwargs.get("center_writing_weights", False)),
-        apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True),
+        hook=_typed(cfg, "hook_name", str, where) or _typed(cfg, "hook_point", str, where),
+        model_name=_typed(cfg, "model_name", str, where),
+        context_size=context_size,
+        prepend_bos=_typed(cfg, "prepend_bos", bool, where) is not False,
+        centre=True if model_kwargs is None else bool(centred),
+        apply_b_dec_to_input=_typed(cfg, "apply_b_dec_to_input", bool, where) is not False,
     )
+
+
+def _typed(cfg: dict[str, Any], key: str, kind: type[_T], where: str) -> _T | None:
+    """`cfg[key]` if it is of the type `kind`, None if it is absent or null; else WeightsError."""
+    value = cfg.get(key)
+    if value is not None and type(value) is not kind:
+        raise WeightsError(f"{where}: cfg.json says `{key}: {value!r}`; it must be of type {kind.__name__}")
+    return value
 
 
 def _saelens_config(config: SAEConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -193,4 +212,7 @@ def _saelens_config(config: SAEConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with files.replacing(path) as temporary:
-        save_file(tensors, temporary)
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise SaezooError(f"cannot write {path}: {error}; is the disk full?") from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -21,6 +22,7 @@ from saezoo.errors import RegistryError
 
 T = TypeVar("T")
 _NULLS = ("null", "~", "")
+_DEEPEST = 20
 
 
 def read(path: Path, cls: type[T], *, label: str | None = None) -> T:
@@ -34,28 +36,40 @@ def read(path: Path, cls: type[T], *, label: str | None = None) -> T:
     except (OSError, UnicodeDecodeError) as error:
         raise RegistryError(f"{name}: cannot be read as text: {error}") from None
     try:
-        _refuse_aliases(text, name)
+        _check_events(text, name)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RegistryError(f"{name}:{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise RegistryError(f"{name}:1: not valid YAML: {' '.join(str(error).split())}") from None
+        line = text.count("\n", 0, getattr(error, "position", 0)) + 1
+        reason = " ".join(str(error).split())
+        raise RegistryError(f"{name}:{line}: not valid YAML: {reason}") from None
+    except (RecursionError, OverflowError, ValueError) as error:  # PyYAML lets these through
+        raise RegistryError(f"{name}:1: not valid YAML: {type(error).__name__} while reading it") from None
     if node is None:
         raise RegistryError(f"{name}:1: the file is empty; it needs at least `version: 1`")
     return typing.cast(T, _build(cls, node, name, ""))
 
 
-def _refuse_aliases(text: str, name: str) -> None:
+def _check_events(text: str, name: str) -> None:
+    """Refuse aliases, tags and deep nesting before anything is built from them."""
+    depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1 if event.start_mark else 1
             raise RegistryError(f"{name}:{line}: YAML alias `*{event.anchor}` is not allowed; write the value out")
+        if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None):
+            raise RegistryError(f"{name}:{line}: YAML tag `{event.tag}` is not allowed; remove it")  # type: ignore[attr-defined]
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise RegistryError(f"{name}:{line}: nested more than {_DEEPEST} deep; a registry needs 7")
 
 
 def _fail(node: yaml.Node, name: str, where: str, message: str) -> RegistryError:
     at = f"{where}: " if where else ""
-    return RegistryError(f"{name}:{node.start_mark.line + 1}: {at}{message}")
+    text = " ".join(f"{at}{message}".split()).encode("utf-8", "backslashreplace").decode("utf-8")
+    return RegistryError(f"{name}:{node.start_mark.line + 1}: {text}")
 
 
 def _pairs(node: yaml.Node, name: str, where: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
@@ -106,14 +120,15 @@ def _record(cls: type, node: yaml.Node, name: str, where: str) -> Any:
     for key, field in fields.items():
         optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if key not in pairs and not optional:
-            raise _fail(node, name, where, f"missing key `{key}` (write `{key}: null` only where it may be unknown)")
+            raise _fail(node, name, where, f"missing key `{key}`; add it (docs/registry.md says what it means)")
     values = {key: _build(hints[key], value, name, _join(where, key)) for key, (_, value) in pairs.items()}
     if has_line:
         values["line"] = node.start_mark.line + 1
     try:
         return cls(**values)
     except ValueError as error:
-        raise _fail(node, name, where, str(error)) from None
+        named = next((key_node for key, (key_node, _) in pairs.items() if f"`{key}`" in str(error)), node)
+        raise _fail(named, name, where, str(error)) from None
 
 
 def _scalar(kind: Any, node: yaml.Node, name: str, where: str) -> Any:
@@ -126,12 +141,21 @@ def _scalar(kind: Any, node: yaml.Node, name: str, where: str) -> Any:
         if kind is bool:
             return {"true": True, "false": False}[text]
         if kind in (int, float):
-            return kind(text)
+            return _number(kind, text)
         if typing.get_origin(kind) is typing.Literal and text not in typing.get_args(kind):
             raise ValueError
     except (KeyError, ValueError):
         raise _fail(node, name, where, f"must be {_describe(kind)}, not `{text}`") from None
     return text
+
+
+def _number(kind: type[int] | type[float], text: str) -> float:
+    if "_" in text or len(text) > 40:  # Python would read 1_0 as 10
+        raise ValueError
+    value = kind(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def _describe(kind: Any) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saezoo.entries import Dataset
 from saezoo.errors import TextError
-from saezoo.registry import Dataset, package_folder
+from saezoo.registry import package_folder
 
 SEPARATOR = "<|endoftext|>"
 _TOKENISE_AT_ONCE = 64
@@ -45,7 +46,6 @@ class TextSource:
     """For tables and CSV, e.g. `builtin:heldout`."""
     path: Path | None = None
     dataset: Dataset | None = None
-    offline: bool = False
 
     def documents(self) -> Iterator[str]:
         """The texts, in their order. Raises TextError if they cannot be read."""

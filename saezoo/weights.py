@@ -36,7 +36,7 @@ def read_saelens(weights: Path, config: Path, sparsity: Path | None) -> Weights:
     """Read `sae_weights.safetensors` (memory-mapped), `cfg.json` and, if given, `sparsity.safetensors`."""
     try:
         cfg = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{config} cannot be read as JSON: {error}") from None
     if not isinstance(cfg, dict):
         raise WeightsError(f"{config} must hold a JSON object, not {type(cfg).__name__}")
@@ -57,7 +57,7 @@ def read_legacy(weights: Path, sparsity: Path | None) -> Weights:
     try:
         cfg = {key: _plain(value) for key, value in vars(saved["cfg"]).items()}
         tensors = {name: tensor.float() for name, tensor in saved["state_dict"].items()}
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, IndexError):
         raise WeightsError(f"{weights} is not a 2024 SAE file: it needs `cfg` and `state_dict`") from None
     log_sparsity = None
     if sparsity is not None:

@@ -19,7 +19,8 @@ from click.testing import CliRunner, Result
 from conftest import write_registry
 
 from saezoo.cli import main
-from saezoo.registry import Entry, read_registry
+from saezoo.entries import Entry
+from saezoo.registry import read_registry
 
 ROOT = Path(sys.modules["saezoo"].__file__ or "").parents[1]
 FULL = Path("/dev/full")
@@ -163,13 +164,13 @@ def test_info_json() -> None:
         (["--registry", "absent.yaml", "list"], "no registry file absent.yaml"),
         (["info", "gpt2-smal-res", "0"], "no collection `gpt2-smal-res`; did you mean `gpt2-small-res`?"),
         (["info", "gpt2-small-res"], "Missing argument 'LAYER'."),
-        (["info", "gpt2-small-res", "12"], "no layer of `gpt2-small-res` `12`; known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9,"),
+        (["info", "gpt2-small-res", "12"], "`gpt2-small-res` has no layer `12`; known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9,"),
         (["get", "gpt2-small-res", "3-0"], "layer range `3-0` runs backwards; write `0-3`"),
         (
             ["get", "gpt2-small-res", "0", "--layout", "x"],
             "gpt2-small-res 0 has no layout `x`; it has: reformatted, or",
         ),
-        (["eval", "gpt2-small-res", "0-12"], "no layer of `gpt2-small-res` `12`; known: 0, 1, 2"),
+        (["eval", "gpt2-small-res", "0-12"], "`gpt2-small-res` has no layer `12`; known: 0, 1, 2"),
         (["eval", "gpt2-small-res", "0", "--tokens", "0"], "Invalid value for '--tokens': 0 is not in the range x>=1."),
         (["eval", "gpt2-small-res", "0", "--protocol", "x"], "Invalid value for '--protocol': 'x' is not one of"),
         (["eval", "gpt2-small-res", "0", "--device", "tpu9"], "device `tpu9` cannot be used: "),
@@ -240,7 +241,7 @@ def test_no_colour_codes_when_they_are_unwanted() -> None:
 def test_module_exit_codes_and_streams() -> None:
     wrong = process("info", "gpt2-small-res", 12)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr.startswith("Error: no layer of `gpt2-small-res` `12`; ")
+    assert wrong.stderr.startswith("Error: `gpt2-small-res` has no layer `12`; ")
     assert len(wrong.stderr.splitlines()) == 1
     assert json.loads(process("info", "gpt2-small-res", 0, "--json").stdout)["layer"] == 0
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from saezoo.entries import Protocol
 from saezoo.evals import Subject, evaluate
 from saezoo.evals.evaluate import _cross_entropy, _kl, _log_softmax
 from saezoo.lm import LanguageModel
-from saezoo.registry import Protocol
 from saezoo.results import Result
 from saezoo.sae import SAE, SAEConfig
 from saezoo.tokens import Rows

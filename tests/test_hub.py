@@ -27,7 +27,7 @@ from replicas import (
 )
 
 from saezoo import DownloadError, UsageError, WeightsError, hub, load, read_registry
-from saezoo.registry import FileFacts, Model
+from saezoo.entries import FileFacts, Model
 
 ROOT = Path(hub.__file__).parents[1]
 NEW, OLD = ("owner/reformatted", "a" * 40), ("owner/original", "b" * 40)

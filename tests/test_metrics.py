@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
+from saezoo.entries import Protocol
 from saezoo.errors import UsageError
 from saezoo.evals import Subject, evaluate
 from saezoo.evals.counts import feature_counts, histogram
 from saezoo.evals.metrics import METRICS
 from saezoo.geometric_median import geometric_median
 from saezoo.lm import LanguageModel, load_language_model
-from saezoo.registry import Protocol
 from saezoo.results import Result
 from saezoo.sae import SAE, SAEConfig
 from saezoo.tokens import Rows

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from saezoo.entries import Protocol
 from saezoo.evals import Subject, evaluate
 from saezoo.hooked import hooked_model
 from saezoo.lm import LanguageModel
 from saezoo.loading import load
-from saezoo.registry import Protocol
 from saezoo.results import Result
 from saezoo.sae import SAE, SAEConfig
 from saezoo.tokens import Rows

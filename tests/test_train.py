@@ -21,10 +21,11 @@ from torch import Tensor
 
 import saezoo
 from saezoo.activations import ActivationBuffer, activations
+from saezoo.entries import Entry
 from saezoo.errors import SaezooError, TrainingError
 from saezoo.geometric_median import geometric_median
 from saezoo.lm import LanguageModel, load_language_model
-from saezoo.registry import Entry, read_registry
+from saezoo.registry import read_registry
 from saezoo.tokens import TextSource, encode, pack_feb2024, text_file
 from saezoo.trainers.train import Job, train
 from saezoo.trainers.trainee import StepLog, Trainee

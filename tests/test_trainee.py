@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saezoo.registry import Recipe, read_registry
+from saezoo.entries import Recipe
+from saezoo.registry import read_registry
 from saezoo.trainers.objective import Parameters
 from saezoo.trainers.trainee import StepLog, Trainee, initial_parameters
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from saezoo import files
 from saezoo.activations import ActivationBuffer, activations
+from saezoo.entries import Entry, Recipe
 from saezoo.errors import TrainingError
 from saezoo.geometric_median import geometric_median
 from saezoo.lm import LanguageModel, depth_of
-from saezoo.registry import Entry, Recipe
 from saezoo.tokens import Rows, TextSource, encode, pack_feb2024
 from saezoo.trainers.trainee import StepLog, Trainee, initial_parameters
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saezoo.registry import Recipe
+from saezoo.entries import Recipe
 from saezoo.trainers.objective import (
     Losses,
     Parameters,

@@ -38,19 +38,19 @@ class Muon:
     def step(self, lr: float, pool: Executor) -> None:
         """One update: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, out / in)), decoupled decay."""
         groups: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-        for weight, buffer in zip(self.weights, self.buffers):
+        for weight, buffer in zip(self.weights, self.buffers, strict=True):
             assert weight.grad is not None
             buffer.lerp_(weight.grad, 1 - self.momentum)
             update = weight.grad.lerp(buffer, self.momentum)
             pieces = 3 if weight.shape[0] == 3 * weight.shape[1] else 1
-            for part, target in zip(update.chunk(pieces), weight.chunk(pieces)):
+            for part, target in zip(update.chunk(pieces), weight.chunk(pieces), strict=True):
                 if part.shape[0] > part.shape[1]:
                     part = part.mT
                 groups.setdefault(tuple(part.shape), []).append((part, target))
         # Equal shapes go through the iteration as one batch; the batches are shared out over the pool's threads.
         stacks = [torch.stack([part for part, _ in pairs]) for pairs in groups.values()]
-        for updates, pairs in zip(pool.map(orthogonalise, stacks), groups.values()):
-            for update, (_, weight) in zip(updates, pairs):
+        for updates, pairs in zip(pool.map(orthogonalise, stacks), groups.values(), strict=True):
+            for update, (_, weight) in zip(updates, pairs, strict=True):
                 oriented = update if update.shape == weight.shape else update.mT
                 scale = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
                 weight.mul_(1 - lr * self.weight_decay).add_(oriented, alpha=-lr * scale)

@@ -60,7 +60,7 @@ def monitor(model: TinyGPT2, rows: Tensor) -> float:
 def replica(model: TinyGPT2, dropout: float) -> TinyGPT2:
     """A second model over the same weights, with gradients of its own."""
     copy = TinyGPT2(dropout)
-    for mine, theirs in zip(copy.parameters(), model.parameters()):
+    for mine, theirs in zip(copy.parameters(), model.parameters(), strict=True):
         mine.data = theirs.data
     return copy
 
@@ -99,7 +99,7 @@ class Run:
     def step(self, ids: Tensor, factor: float) -> float:
         """One update on a batch; returns its loss in nats. The batch must divide evenly over the replicas."""
         losses = list(self.pool.map(forward_backward, self.replicas, ids.chunk(len(self.replicas))))
-        for parameters in zip(*(model.parameters() for model in self.replicas)):
+        for parameters in zip(*(model.parameters() for model in self.replicas), strict=True):
             total = parameters[0].grad
             for other in parameters[1:]:
                 total.add_(other.grad)

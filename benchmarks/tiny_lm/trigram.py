@@ -89,7 +89,7 @@ def windows(docs: list[Tokens]) -> tuple[Tokens, Tokens, Tokens]:
 def worst_sum(model: KneserNey, first: Tokens, second: Tokens) -> float:
     """Largest distance from 1 of the summed probabilities of all VOCAB tokens, over the given contexts."""
     every = np.arange(VOCAB, dtype=np.int64)
-    pairs = zip(first.tolist(), second.tolist())
+    pairs = zip(first.tolist(), second.tolist(), strict=True)
     sums = [model.trigram(np.full(VOCAB, a), np.full(VOCAB, b), every).sum() for a, b in pairs]
     return float(np.max(np.abs(np.array(sums) - 1)))
 

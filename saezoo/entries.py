@@ -1,0 +1,167 @@
+"""What the registry knows, as frozen dataclasses. Unknown is None. docs/registry.md describes every key.
+
+`Entry` is one SAE with everything resolved; the other records are the blocks of `registry.yaml`, as written there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Protocol = Literal["standard", "feb2024"]
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What is known about the bytes of one file; None where nobody has published it."""
+
+    sha256: str | None
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One published form of an SAE. In `registry.yaml` the file names may hold `{hook}`."""
+
+    format: Literal["saelens", "legacy"]
+    """`saelens`: a folder of cfg.json + safetensors. `legacy`: the pickle of February 2024."""
+    weights: str
+    config: str | None
+    sparsity: str | None
+    source: tuple[str, ...]
+    repo: str | None = None
+    """Hugging Face model repository, or None for files that lie in `folder`."""
+    revision: str | None = None
+    folder: str | None = None
+    """Folder of the files, relative to the registry file (to the package for the built-in one)."""
+    facts: dict[str, FileFacts] = field(default_factory=dict)
+    """`weights`, `config`, `sparsity` -> size and hash."""
+
+    def __post_init__(self) -> None:
+        if (self.repo is None) == (self.folder is None):
+            raise ValueError("give either `repo` (on the hub) or `folder` (local files)")
+        if (self.format == "saelens") == (self.config is None):
+            raise ValueError("`config` names cfg.json for the format saelens, and is null for legacy")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The frozen language model that an SAE reads."""
+
+    architecture: Literal["gpt2"]
+    n_layers: int
+    d_model: int
+    n_positions: int
+    vocab: int
+    licence: str
+    source: tuple[str, ...]
+    repo: str | None = None
+    revision: str | None = None
+    folder: str | None = None
+    facts: dict[str, FileFacts] = field(default_factory=dict)
+    """File name -> size and hash."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Text on the Hugging Face hub that the SAE was trained on."""
+
+    repo: str
+    revision: str | None
+    data_files: str | None
+    """Glob of parquet files in the repository; None lets `datasets` find them."""
+    split: str
+    text_column: str
+    licence: str | None
+    source: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every hyperparameter of one training; units in the field docs. No run-time options (device, paths) in here."""
+
+    l1_coefficient: float
+    """λ in MSE + λ·mean_b Σ_i |f_bi|, where MSE is the mean over batch and dimensions of e²/‖x_b‖."""
+    lr: float
+    lr_warmup_steps: int
+    """Linear from 0 over this many steps; 0 is a constant rate."""
+    batch_size: int
+    """Activations in one step."""
+    tokens: int
+    """Activations to train on; the last step may overshoot."""
+    store_rows: int
+    """Rows of `context_size` tokens in one call of the token store."""
+    buffer_batches: int
+    """The activation buffer holds this many store calls; half of it is refilled at a time."""
+    buffer: Literal["bug", "fixed"]
+    """Which half of the mixed buffer is trained on: `bug` the half that also stays, `fixed` the other one."""
+    ghost: Literal["off", "bug", "fixed"]
+    """Ghost gradients: `bug` exp(ReLU(pre)) as the post ran it, `fixed` exp(pre)."""
+    dead_after_steps: int
+    """A feature that has not fired for more than this many steps gets ghost gradients."""
+    sampling_window_steps: int
+    """Log feature sparsity is computed over the last complete window of this many steps."""
+    b_dec_init: Literal["geometric_median", "mean", "zero"]
+    skip_documents: int
+    """Documents lost at the start of the data; the original's start-up check consumed two."""
+    source: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        positive = ("l1_coefficient", "lr", "batch_size", "tokens", "store_rows", "dead_after_steps")
+        for name in (*positive, "sampling_window_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be above 0, not {getattr(self, name)}")
+        if self.lr_warmup_steps < 0 or self.skip_documents < 0:
+            raise ValueError("`lr_warmup_steps` and `skip_documents` must be 0 or more")
+        if self.buffer_batches < 2 or self.buffer_batches % 2:
+            raise ValueError(f"`buffer_batches` must be even and at least 2, not {self.buffer_batches}")
+
+
+@dataclass(frozen=True)
+class Published:
+    """Which protocol and sample the published numbers of a collection were measured with, and what they mean."""
+
+    protocol: Protocol
+    sample: str
+    definitions: dict[str, str]
+    """Our metric's name -> how the source defines it."""
+    source: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One SAE of the zoo, everything resolved."""
+
+    collection: str
+    name: str
+    """What users type after the collection: `10`, or `11-post`."""
+    in_all: bool
+    """False for siblings that `all` leaves out."""
+    title: str
+    layer: int
+    hook: str
+    """TransformerLens' name of the activation, e.g. `blocks.10.hook_resid_pre`."""
+    model_name: str
+    model: Model
+    d_in: int
+    d_sae: int
+    context_size: int
+    """Tokens per row in training; positions beyond it were never seen."""
+    prepend_bos: bool
+    centre: bool
+    """True: the SAE wants the residual minus its mean over d_model (TransformerLens' centred writing weights)."""
+    dtype: str
+    licence: str
+    layouts: dict[str, Layout]
+    """In order of preference; `load` takes the first."""
+    neuronpedia: str | None
+    definitions: Published
+    published: dict[str, float | None]
+    """Our metric's name -> the published value."""
+    recipe_name: str
+    recipe: Recipe
+    dataset_name: str | None
+    dataset: Dataset | None
+    source: tuple[str, ...]
+    origin: str
+    """The registry file this came from; `built-in` for the package's own."""
