@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saezoo.entries import Protocol
-from saezoo.errors import UsageError
+from saezoo.errors import TextError, UsageError
 from saezoo.evals import counts, intervals
 from saezoo.evals.metrics import PER_TOKEN
 from saezoo.geometric_median import geometric_median
@@ -136,51 +136,71 @@ class _Pass:
         """Evaluate rows start..stop-1."""
         device = self.lm.device
         tokens_BT = self.tokens_RT[start:stop].to(device)
-        keep_BT = self.keep_RT[start:stop].to(device)
         residuals = self.lm.residuals(tokens_BT, [*(tally.depth for tally in self.tallies), self.lm.n_layers])
         log_clean_BTV = _log_softmax(self.lm.logits(residuals[self.lm.n_layers]))
+        p_clean_BTV = log_clean_BTV.exp()
         ce_clean_BT = _cross_entropy(log_clean_BTV, tokens_BT)
         for subject, tally in zip(self.subjects, self.tallies, strict=True):
             resid_BTD = residuals[tally.depth]
-            spliced_BTD = subject.sae.replace(resid_BTD, keep_BT=keep_BT)
+            spliced_BTD = self._add_reconstruction(subject.sae, tally, resid_BTD, slice(start, stop))
             log_sae_BTV = _log_softmax(self.lm.resume(spliced_BTD, tally.depth))
             log_zero_V = self.log_zero[tally.depth]
             per_token = {
                 "ce_clean": ce_clean_BT,
                 "ce_sae": _cross_entropy(log_sae_BTV, tokens_BT),
                 "ce_zero": _cross_entropy(log_zero_V.expand_as(log_clean_BTV), tokens_BT),
-                "kl_sae": _kl(log_clean_BTV, log_sae_BTV),
-                "kl_zero": _kl(log_clean_BTV, log_zero_V),
+                "kl_sae": _kl(p_clean_BTV, log_clean_BTV, log_sae_BTV),
+                "kl_zero": _kl(p_clean_BTV, log_clean_BTV, log_zero_V.expand_as(log_clean_BTV)),
             }
-            self._add_reconstruction(subject.sae, tally, resid_BTD, per_token, slice(start, stop))
+            del log_sae_BTV
+            self._add_losses(tally, per_token, slice(start, stop))
 
-    def _add_reconstruction(
-        self, sae: SAE, tally: _Tally, resid_BTD: Tensor, per_token: dict[str, Tensor], rows: slice
-    ) -> None:
-        """Add one batch of one SAE to its sums; `per_token` are the [B, T] losses of the language model."""
+    def _add_reconstruction(self, sae: SAE, tally: _Tally, resid_BTD: Tensor, rows: slice) -> Tensor:
+        """Add what one batch says about one SAE itself; returns the residual with its reconstruction spliced in.
+
+        What is scored is what is replaced, so the SAE runs once.
+        """
         scored_BT = ~self.keep_RT[rows].to(resid_BTD.device)
-        x_nD = resid_BTD[scored_BT].to(sae.W_enc.dtype)
+        h_nD = resid_BTD[scored_BT]
+        x_nD = h_nD.to(sae.W_enc.dtype)
         if sae.config.centre:
             x_nD = x_nD - x_nD.mean(-1, keepdim=True)
         f_nF = sae.encode(x_nD)
-        values = reconstruction_values(x_nD, sae.decode(f_nF))
-        values |= {"l0": (f_nF > 0).sum(-1), "l1": f_nF.sum(-1)}
-        values |= {name: value[scored_BT] for name, value in per_token.items()}
-        has_target_BT = scored_BT.clone()
-        has_target_BT[:, -1] = False
+        y_nD = sae.decode(f_nF)
+        fires_nF = (f_nF > 0).float()
+        values = reconstruction_values(x_nD, y_nD) | {"l0": fires_nF.sum(-1), "l1": f_nF.sum(-1)}
         values["tokens"] = torch.ones_like(values["l1"])
-        values["targets"] = has_target_BT[scored_BT]
-        block_n = self.block_RT[rows][scored_BT.cpu()]
-        for name, value_n in values.items():
-            tally.sums_NK[:, PER_TOKEN.index(name)].index_add_(0, block_n, value_n.double().cpu())
+        block_n = self._add_values(tally, values, rows)
         tally.x_sum_ND.index_add_(0, block_n, x_nD.double().cpu())
         groups_Gn = F.one_hot(block_n % intervals.GROUPS, intervals.GROUPS).T.to(f_nF.device, torch.float32)
-        tally.fires_GF += (groups_Gn @ (f_nF > 0).float()).double().cpu()
+        tally.fires_GF += (groups_Gn @ fires_nF).double().cpu()
         tally.sample.append(x_nD[self.sample_RT[rows][scored_BT.cpu()].to(x_nD.device)].float().cpu())
+        spliced_BTD = resid_BTD.clone()
+        if sae.config.centre:
+            y_nD = y_nD + h_nD.mean(-1, keepdim=True)
+        spliced_BTD[scored_BT] = y_nD.to(resid_BTD.dtype)
+        return spliced_BTD
+
+    def _add_losses(self, tally: _Tally, per_token: dict[str, Tensor], rows: slice) -> None:
+        """Add the [B, T] losses of the language model."""
+        scored_BT = ~self.keep_RT[rows].to(self.lm.device)
+        has_target_BT = scored_BT.clone()
+        has_target_BT[:, -1] = False
+        losses = per_token | {"targets": has_target_BT}
+        self._add_values(tally, {name: value[scored_BT] for name, value in losses.items()}, rows)
+
+    def _add_values(self, tally: _Tally, values: dict[str, Tensor], rows: slice) -> Tensor:
+        """Add one value per scored token [n] to each sum; returns the block of each token [n]."""
+        block_n = self.block_RT[rows][~self.keep_RT[rows]]
+        for name, value_n in values.items():
+            tally.sums_NK[:, PER_TOKEN.index(name)].index_add_(0, block_n, value_n.double().cpu())
+        return block_n
 
     def result(self, subject: Subject, tally: _Tally, text: str, model: str) -> Result:
         """Metrics and intervals from the sums."""
         sums = {name: tally.sums_NK[:, k] for k, name in enumerate(PER_TOKEN)}
+        if sums["tokens"].sum() == 0:
+            raise TextError(f"{text or 'the text'} holds special tokens only; give one with text in it")
         mean_D = tally.x_sum_ND.sum(0) / sums["tokens"].sum()
         sums["ce_mean"] = self._ce_of_constant(mean_D, tally.depth)
         metrics = intervals.bootstrap(sums, tally.x_sum_ND, seed=self.seed)
@@ -244,9 +264,10 @@ def _cross_entropy(log_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
     return F.pad(loss_BT, (0, 1))
 
 
-def _kl(log_p_BTV: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) at each position [B, T]; q may be one distribution [V]."""
-    return (log_p_BTV.exp() * (log_p_BTV - log_q)).sum(-1)
+def _kl(p_BTV: Tensor, log_p_BTV: Tensor, log_q_BTV: Tensor) -> Tensor:
+    """KL(p || q) at each position [B, T]; row by row, so that no third tensor of the size of the logits is needed."""
+    rows = zip(p_BTV, log_p_BTV, log_q_BTV, strict=True)
+    return torch.stack([(p_TV * (log_p_TV - log_q_TV)).sum(-1) for p_TV, log_p_TV, log_q_TV in rows])
 
 
 def _median_distances(sample_nD: Tensor, mean_D: Tensor, b_dec_D: Tensor) -> dict[str, Measured]:

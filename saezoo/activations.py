@@ -82,4 +82,7 @@ class ActivationBuffer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`; the caller winds `source` and `permute` to the same point."""
-        self.storage, self._pending, self.refills = state["storage"], list(state["pending"]), state["refills"]
+        device = self.storage.device
+        self.storage = state["storage"].to(device)
+        self._pending = [batch.to(device) for batch in state["pending"]]
+        self.refills = state["refills"]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +18,10 @@ class FileFacts:
 
     sha256: str | None
     bytes: int | None
+
+    def __post_init__(self) -> None:
+        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"`sha256` must be 64 hexadecimal digits, not `{self.sha256}`")
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Layout:
     folder: str | None = None
     """Folder of the files, relative to the registry file (to the package for the built-in one)."""
     facts: dict[str, FileFacts] = field(default_factory=dict)
-    """`weights`, `config`, `sparsity` -> size and hash."""
+    """`weights`, `config`, `sparsity` -> size and hash; in `registry.yaml` they stand with each SAE, under `files`."""
 
     def __post_init__(self) -> None:
         if (self.repo is None) == (self.folder is None):

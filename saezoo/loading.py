@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def load_entry(
     entry: Entry, *, layout: str | None = None, device: str = "cpu", dtype: torch.dtype, offline: bool = False
 ) -> SAE:
     """Load the SAE of a registry entry; what the registry says about its input wins over its cfg.json."""
-    from saezoo.sae import SAE, SAEConfig
+    from saezoo.sae import SAE, config_from
     from saezoo.weights import read_legacy, read_saelens
 
     fetched = hub.fetch(entry, layout, offline=offline)
@@ -71,24 +72,19 @@ def load_entry(
         assert fetched.config is not None  # Layout sees to that
         weights = read_saelens(fetched.weights, fetched.config, fetched.sparsity)
     found = tuple(weights.tensors["W_enc"].shape)
+    where = str(fetched.weights)
     if found != (entry.d_in, entry.d_sae):
-        raise WeightsError(
-            f"{fetched.weights}: W_enc is {list(found)}, the registry says [{entry.d_in}, {entry.d_sae}]"
-        )
-    for key in ("hook_point", "hook_name"):
-        if weights.config.get(key, entry.hook) != entry.hook:
-            raise WeightsError(
-                f"{fetched.weights} was trained at {weights.config[key]}, the registry says {entry.hook}"
-            )
-    config = SAEConfig(
-        d_in=entry.d_in,
-        d_sae=entry.d_sae,
+        raise WeightsError(f"{where}: W_enc is {list(found)}, the registry says [{entry.d_in}, {entry.d_sae}]")
+    described = config_from(weights.config, where, entry.d_in, entry.d_sae)
+    if described.hook not in (None, entry.hook):
+        raise WeightsError(f"{where} was trained at {described.hook}, the registry says {entry.hook}")
+    config = dataclasses.replace(
+        described,
         hook=entry.hook,
         model_name=entry.model_name,
         context_size=entry.context_size,
         prepend_bos=entry.prepend_bos,
         centre=entry.centre,
-        apply_b_dec_to_input=True,
     )
     return SAE(config, {k: tensor.to(device, dtype) for k, tensor in weights.tensors.items()}, weights.log_sparsity)
 

@@ -29,9 +29,9 @@ _Placed = TypeVar("_Placed", Layout, Model)
 class _Sae:
     line: int
     layer: int
-    neuronpedia: str | None
-    published: dict[str, float | None]
-    files: dict[str, dict[str, FileFacts]]
+    neuronpedia: str | None = None
+    published: dict[str, float | None] = field(default_factory=dict)
+    files: dict[str, dict[str, FileFacts]] = field(default_factory=dict)
     name: str | None = None
     hook: str | None = None
     in_all: bool = True
@@ -68,6 +68,10 @@ class _Collection:
         for name in ("saes", "layouts"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` must list at least one")
+        if not self.prepend_bos:
+            raise ValueError("`prepend_bos: false` is not supported: every row of tokens begins with BOS")
+        if any(layout.facts for layout in self.layouts.values()):
+            raise ValueError("`layouts` hold no `facts`; sizes and hashes stand with each SAE, under `files`")
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,10 @@ class Registry:
         if collection not in self.collections:
             raise UsageError(_unknown("collection", collection, self.collections))
         entries = self.collections[collection]
-        if str(layers).strip() == "all":
-            return [entry for entry in entries if entry.in_all]
         by_name = {entry.name: entry for entry in entries}
         found: dict[str, Entry] = {}
         for part in str(layers).split(","):
-            for name in _expand(part.strip(), by_name):
+            for name in _expand("".join(part.split()), by_name):
                 if name not in by_name:
                     raise UsageError(f"`{collection}` has {_unknown('layer', name, by_name)}")
                 found[name] = by_name[name]
@@ -240,7 +242,10 @@ class _Resolver:
         for metric in sae.published:
             if metric not in spec.published.definitions:
                 raise self._fail(sae, f"published metric `{metric}` has no definition")
-        for layout in sae.files:
+        for layout, facts in sae.files.items():
+            for role in facts:
+                if role not in ("weights", "config", "sparsity"):
+                    raise self._fail(sae, f"unknown key `{role}` in `files.{layout}`; known: weights, config, sparsity")
             if layout not in spec.layouts:
                 raise self._fail(sae, f"`files.{layout}` is not one of the layouts: {', '.join(spec.layouts)}")
         return Entry(
@@ -295,6 +300,8 @@ def _filled(layout: Layout, hook: str, facts: dict[str, FileFacts]) -> Layout:
 
 def _expand(part: str, names: Mapping[str, Entry]) -> list[str]:
     """`0-3` -> 0, 1, 2, 3; anything else (also the name `11-post`) -> itself."""
+    if part == "all":
+        return [name for name, entry in names.items() if entry.in_all]
     match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", part)
     if part in names or not match:
         return [part]

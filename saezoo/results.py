@@ -116,7 +116,7 @@ def table(results: Sequence[Result]) -> Table:
     shown.add_column("layer", justify="right")
     for label, _, _ in columns:
         shown.add_column(label, justify="right")
-    shown.add_column("log10 density -6…0")
+    shown.add_column("density 1e-6–1")
     for result in results:
         cells = [_cell(result, name, digits) for _, name, digits in columns]
         shown.add_row(Text(result.layer), *cells, sparkline(result.histogram["counts"]))
@@ -140,11 +140,14 @@ _FEB2024_COLUMNS = (
 )
 
 
+_UNMEASURED = Measured(math.nan)
+
+
 def _cell(result: Result, name: str, digits: int) -> Text:
     """Value, half its interval, and (if the row has published values) the published one."""
     from rich.text import Text
 
-    value, lo, hi = result.metrics[name]
+    value, lo, hi = result.metrics.get(name, _UNMEASURED)
     cell = Text(_number(value, digits))
     if lo is not None and hi is not None and math.isfinite(hi - lo):
         cell.append(f"\n±{_number((hi - lo) / 2, digits)}", style="dim")

@@ -132,13 +132,16 @@ def read_folder(folder: Path) -> Weights:
 def from_weights(weights: Weights, where: str, *, device: str, dtype: torch.dtype) -> SAE:
     """An SAE from what its files say; WeightsError if they describe a kind that this class is not."""
     d_in, d_sae = weights.tensors["W_enc"].shape
-    config = _config_from(weights.config, where, d_in, d_sae)
+    config = config_from(weights.config, where, d_in, d_sae)
     tensors = {name: tensor.to(device, dtype) for name, tensor in weights.tensors.items()}
     return SAE(config, tensors, weights.log_sparsity)
 
 
-def _config_from(cfg: dict[str, Any], where: str, d_in: int, d_sae: int) -> SAEConfig:
-    """Read the keys of 2024's and of today's SAELens; refuse what would need another forward pass."""
+def config_from(cfg: dict[str, Any], where: str, d_in: int, d_sae: int) -> SAEConfig:
+    """What cfg.json (of 2024's or of today's SAELens) says about an SAE of these shapes.
+
+    Raises WeightsError for anything that would need another forward pass than `SAE` has.
+    """
     metadata = _typed(cfg, "metadata", dict, where) or {}  # where SAELens 6 keeps what is not architecture
     cfg = {**cfg, **metadata}
     for key, known in (("d_in", d_in), ("d_sae", d_sae)):

@@ -89,9 +89,12 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
         if line.strip():
             try:
                 document = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
+                if not isinstance(document, str):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise TextError(f'{path}:{number}: not a JSON object with a "text" field') from None
-            yield str(document)
+            if document.strip():
+                yield document
 
 
 def _read_dataset(source: TextSource) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from saezoo import hub
 from saezoo import tokens as text
 from saezoo.activations import ActivationBuffer, activations
-from saezoo.entries import Dataset, Model, Protocol
+from saezoo.entries import Dataset, Entry, Model, Protocol
 from saezoo.errors import UsageError
 from saezoo.evals import Subject
 from saezoo.evals import evaluate as run_evals
@@ -83,11 +83,7 @@ def evaluate(
         saes = [Subject(sae, str(name), _layer_name(sae.config.hook))]
     lm, model_name = _model_for(str(name), model, options, dtype, saes[0].sae)
     source = text_source(options, default=text.builtin("heldout"))
-    if saes[0].published and entries[0].dataset_name not in (None, options.dataset):
-        options.note(
-            f"published values were measured on {entries[0].dataset_name}, these on {source.name};"
-            f" --dataset {entries[0].dataset_name} streams it"
-        )
+    _warn_of_other_text(entries, saes[0], source, options)
     context = min(saes[0].sae.config.context_size or 128, lm.n_positions)
     if tokens < context:
         raise UsageError(f"--tokens {tokens} is less than one row of {context} tokens; give at least {context}")
@@ -128,6 +124,14 @@ def _subject(entry: Entry, protocol: Protocol, layout: str | None, options: Opti
     return Subject(sae, entry.collection, entry.name, entry.published if entry.definitions.protocol == protocol else {})
 
 
+def _warn_of_other_text(entries: list[Entry], subject: Subject, source: TextSource, options: Options) -> None:
+    if subject.published and entries[0].dataset_name not in (None, options.dataset):
+        options.note(
+            f"published values were measured on {entries[0].dataset_name}, these on {source.name};"
+            f" --dataset {entries[0].dataset_name} streams it"
+        )
+
+
 def _layer_name(hook: str | None) -> str:
     """`blocks.3.hook_resid_pre` -> 3, `blocks.11.hook_resid_post` -> 11-post: as in the registry."""
     parts = (hook or "?").split(".")
@@ -150,10 +154,12 @@ def _model_for(
 
 
 def fetch_model(model: Model, options: Options) -> Path:
+    """Folder of a registry model's verified files."""
     return hub.fetch_model(model, offline=options.offline)
 
 
 def packed(source: TextSource, lm: LanguageModel, context: int, protocol: Protocol) -> Iterator[text.Rows]:
+    """Rows of `source` for a protocol, packed as that protocol packs."""
     documents = text.encode(lm.tokenizer, source.documents())
     if protocol == "feb2024":
         return text.pack_feb2024(documents, bos=lm.bos, context=context, rows_per_call=_FEB2024_ROWS)
@@ -241,6 +247,7 @@ def _in_blocks(rows: Iterator[text.Rows], size: int) -> Iterator[text.Rows]:
 
 
 def check_device(device: str) -> None:
+    """Raise UsageError unless tensors can be made and read on `device`."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):

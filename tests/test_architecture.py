@@ -22,7 +22,7 @@ MODULES |= {f"{part}.{path.stem}": path for part in ("trainers", "evals") for pa
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 LAYERS = [
     "errors",
-    "strict_yaml files",
+    "strict_yaml files entries",
     "registry",
     "hub tokens",
     "weights lm geometric_median results",
@@ -31,6 +31,7 @@ LAYERS = [
     "trainers evals",
     "hooked",
     "workflows",
+    "reproduction",
     "cli",
     "__main__ __init__",
 ]

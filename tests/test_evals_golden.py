@@ -199,7 +199,10 @@ def test_losses_of_every_token(tensors: dict[str, Tensor], setup: Setup, protoco
     clean = _log_softmax(lm.resume(resid_RTD, DEPTH))
     spliced = _log_softmax(lm.resume(sae.replace(resid_RTD, keep_BT=keep_RT), DEPTH))
     tolerance = 1e-4 if setup.precision == "f32" else 1e-10
-    found = {"ce_loss_with_sae": _cross_entropy(spliced, tokens)[:, :-1], "kl_div_with_sae": _kl(clean, spliced)}
+    found = {
+        "ce_loss_with_sae": _cross_entropy(spliced, tokens)[:, :-1],
+        "kl_div_with_sae": _kl(clean.exp(), clean, spliced),
+    }
     for name, value_RT in found.items():
         wanted_RT = tensors[f"{MASKS[protocol]}.{setup.precision}.per_token.{name}"]
         assert float((value_RT - wanted_RT).abs().max()) < tolerance, name
@@ -212,7 +215,7 @@ def test_losses_of_every_token_without_the_sae(tensors: dict[str, Tensor], setup
     found = {
         "ce_loss_without_sae": _cross_entropy(clean, tokens)[:, :-1],
         "ce_loss_with_ablation": _cross_entropy(zero_V.expand_as(clean), tokens)[:, :-1],
-        "kl_div_with_ablation": _kl(clean, zero_V),
+        "kl_div_with_ablation": _kl(clean.exp(), clean, zero_V.expand_as(clean)),
     }
     for name, value_RT in found.items():
         wanted_RT = tensors[f"all_tokens.{setup.precision}.per_token.{name}"]

@@ -63,28 +63,27 @@ def rows_of(text: str) -> list[dict[str, str]]:
 
 
 PUBLISHED_TABLE = """\
-        gpt2-small-res · feb2024 protocol · 65,024 tokens of builtin:heldout         
-┏━━━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━┳━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━┓
-┃   layer ┃ CE with SAE ┃ expl. var. (uncentred) ┃ L1 ┃          L0 ┃         alive ┃
-┡━━━━━━━━━╇━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━╇━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━┩
-│       7 │       3.457 │                 0.9308 │  - │       57.29 │        1.0000 │
-│         │ 3.400–3.500 │          0.9200–0.9400 │    │ 56.00–58.50 │ 0.9900–1.0000 │
-│         │             │                 0.9308 │    │       57.20 │               │
-│ 11-post │       3.457 │                 0.9308 │  - │       57.29 │        1.0000 │
-│         │ 3.400–3.500 │          0.9200–0.9400 │    │ 56.00–58.50 │ 0.9900–1.0000 │
-└─────────┴─────────────┴────────────────────────┴────┴─────────────┴───────────────┘
-second line of a cell: 95 % interval over documents; third line: the published value  
+       gpt2-small-res · feb2024 protocol · 65,024 tokens of builtin:heldout
+┏━━━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━┳━━━━┳━━━━━━━┳━━━━━━━━━┳━━━━━━━━━━━━━━━━┓
+┃   layer ┃ CE with SAE ┃ expl. var. unc. ┃ L1 ┃    L0 ┃   alive ┃ density 1e-6–1 ┃
+┡━━━━━━━━━╇━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━╇━━━━╇━━━━━━━╇━━━━━━━━━╇━━━━━━━━━━━━━━━━┩
+│       7 │       3.457 │          0.9308 │  - │ 57.29 │  1.0000 │ ▁ █            │
+│         │      ±0.050 │         ±0.0100 │    │ ±1.25 │ ±0.0050 │                │
+│         │             │          0.9308 │    │ 57.20 │         │                │
+│ 11-post │       3.457 │          0.9308 │  - │ 57.29 │  1.0000 │ ▁ █            │
+│         │      ±0.050 │         ±0.0100 │    │ ±1.25 │ ±0.0050 │                │
+└─────────┴─────────────┴─────────────────┴────┴───────┴─────────┴────────────────┘
+±: half of the 95 % interval over documents; last line of a row: published
 """
 
 STANDARD_TABLE = """\
-              runs/mine · standard protocol · 65,024 tokens of builtin:heldout              
-┏━━━━━━━┳━━━━━━━━┳━━━━━━━━━━┳━━━━━━━━┳━━━━━━━━━━━━┳━━━━━━┳━━━━━━━━┳━━━━━━━━┳━━━━━━━━━━━━━━━┓
-┃ layer ┃    ΔCE ┃ CE score ┃     KL ┃ expl. var. ┃   L0 ┃  alive ┃ >1/100 ┃ log10 density ┃
-┡━━━━━━━╇━━━━━━━━╇━━━━━━━━━━╇━━━━━━━━╇━━━━━━━━━━━━╇━━━━━━╇━━━━━━━━╇━━━━━━━━╇━━━━━━━━━━━━━━━┩
-│     7 │ 0.1235 │   0.9877 │ 0.1000 │     0.9000 │ 57.3 │ 1.0000 │  1,234 │ ▁ █           │
-│       │        │          │        │            │      │        │        │               │
-└───────┴────────┴──────────┴────────┴────────────┴──────┴────────┴────────┴───────────────┘
-second line of a cell: 95 % interval over documents                                         
+          runs/mine · standard protocol · 65,024 tokens of builtin:heldout
+┏━━━━━━━┳━━━━━━━━┳━━━━━━━━━━┳━━━━━━━━━━━━┳━━━━━━━┳━━━━━━━━┳━━━━━━━━┳━━━━━━━━━━━━━━━━┓
+┃ layer ┃    ΔCE ┃ CE score ┃ expl. var. ┃    L0 ┃  alive ┃ >1/100 ┃ density 1e-6–1 ┃
+┡━━━━━━━╇━━━━━━━━╇━━━━━━━━━━╇━━━━━━━━━━━━╇━━━━━━━╇━━━━━━━━╇━━━━━━━━╇━━━━━━━━━━━━━━━━┩
+│     7 │ 0.1235 │   0.9877 │     0.9000 │ 57.29 │ 1.0000 │  1,234 │ ▁ █            │
+└───────┴────────┴──────────┴────────────┴───────┴────────┴────────┴────────────────┘
+±: half of the 95 % interval over documents
 """
 
 
@@ -109,8 +108,8 @@ def test_no_number_is_cut_off(protocol: str) -> None:
     text = shown([result(protocol=protocol, layer="11-post")])
     assert "…" not in text
     assert max(len(line) for line in text.splitlines()) <= 100
-    assert "56.0" in text
-    assert "58.5" in text
+    assert "57.29" in text
+    assert "±1.25" in text
 
 
 @pytest.mark.parametrize("protocol", ["standard", "feb2024"])

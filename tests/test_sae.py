@@ -321,7 +321,7 @@ def test_load_in_another_precision(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["int8", "zeros", "__name__", "", "float8_e4m3fn", torch.int64])
 def test_dtypes_that_cannot_be_computed_in(dtype: str | torch.dtype) -> None:
-    with pytest.raises(UsageError, match="is not a floating-point dtype; use float32, bfloat16, float16 or float64"):
+    with pytest.raises(UsageError, match="is not supported; use float32, bfloat16, float16, float64"):
         named_dtype(dtype)
 
 

@@ -44,8 +44,16 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be resumed, as plain values."""
         recipe = {key: value for key, value in asdict(self.recipe).items() if key not in ("source", "tokens")}
-        layers = ",".join(entry.name for entry in self.entries)
-        return {**recipe, "collection": self.entries[0].collection, "layers": layers, "text": self.source.name} | {
+        first = self.entries[0]
+        return {
+            **recipe,
+            "collection": first.collection,
+            "layers": ",".join(entry.name for entry in self.entries),
+            "model": first.model_name,
+            "d_sae": first.d_sae,
+            "context_size": first.context_size,
+            "centre": first.centre,
+            "text": self.source.name,
             "tokens": self.tokens,
             "seed": self.seed,
         }
@@ -95,6 +103,8 @@ def train(
         note(f"resumed at {done:,} of {job.tokens:,} tokens")
 
     log = _Log(folder / "log.csv", job, keep_until=done)
+    for leftover in folder.glob(f".{checkpoint.name}.*"):  # of a run that was killed while saving
+        leftover.unlink()
     next_save = done + job.tokens / _CHECKPOINTS
     with _StopSignal() as stop:
         while done < job.tokens:
@@ -179,7 +189,8 @@ class _Log:
     def __init__(self, path: Path, job: Job, *, keep_until: int) -> None:
         self._path, self._names = path, [entry.name for entry in job.entries]
         self._interval = job.tokens / _LOGS
-        self._next = float(keep_until)
+        self._tokens = job.tokens
+        self._last = keep_until
         rows = []
         if keep_until and path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
@@ -189,9 +200,10 @@ class _Log:
 
     def add(self, done: int, steps: Sequence[StepLog]) -> None:
         """Note the step that ended at `done` tokens, if one is due. Raises TrainingError if a loss is not finite."""
-        if done < self._next:
+        due = done // self._interval > self._last // self._interval or self._last == 0 or done >= self._tokens
+        self._last = done
+        if not due:
             return
-        self._next += self._interval
         with self._path.open("a", newline="", encoding="utf-8") as file:
             for name, step in zip(self._names, steps, strict=True):
                 values = [float(loss) for loss in step.losses]
@@ -258,7 +270,8 @@ def _read_checkpoint(path: Path, job: Job) -> dict[str, Any]:
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         theirs = saved["job"]
     except Exception as error:  # a damaged zip or pickle raises many kinds
-        raise TrainingError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and start again") from None
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise TrainingError(f"{path} is damaged ({reason}); delete it and start again") from None
     mine = job.identity()
     differing = [key for key in mine if mine[key] != theirs.get(key)]
     if differing:
