@@ -27,7 +27,7 @@ from saezoo.sae import SAE
 from saezoo.tokens import Rows
 
 _BLOCKS = 2048  # documents are folded into at most this many blocks: bounds memory, keeps the bootstrap valid
-_LOGITS_BYTES = 256 << 20  # of one batch, float32; sets the default batch size
+_LOGITS_BYTES = 128 << 20  # of one batch, float32; sets the default batch size
 _SAMPLE = 250_000  # activations for the geometric median, the post's number
 _SAMPLE_BYTES = 1 << 30  # of all SAEs together: twelve of GPT-2 small keep 29,127 each
 
@@ -73,7 +73,7 @@ def evaluate(
         rows: packed tokens, at most as long as the model's positions.
         protocol: `standard` neither replaces nor scores special tokens (BOS); `feb2024` replaces and scores all.
         seed: of the bootstrap draws and of the sample for the geometric median.
-        batch_size: rows at once; by default as many as fit 256 MB of logits.
+        batch_size: rows at once; by default as many as fit 128 MB of logits.
         on_progress: called with the number of tokens done after each batch.
 
     Raises UsageError if an SAE does not fit the model.

@@ -11,14 +11,14 @@ import errno
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from saezoo import terminal
 from saezoo.entries import Entry
 from saezoo.errors import SaezooError
 from saezoo.registry import read_registry
@@ -104,10 +104,10 @@ def list_command(registry: Path | None, as_json: bool) -> None:
         table.add_column(column, overflow="fold")
     for name, entries in collections.items():
         first = entries[0]
-        layers = _ranges([entry.name for entry in entries])
+        layers = terminal.ranges([entry.name for entry in entries])
         row = (name, layers, first.model_name, str(first.d_in), str(first.d_sae), first.recipe_name, first.origin)
         table.add_row(*row)
-    _print_table(table)
+    terminal.print_table(table)
 
 
 @main.command()
@@ -123,7 +123,7 @@ def info(registry: Path | None, collection: str, layer: str, as_json: bool) -> N
         _print_json(records if len(records) > 1 else records[0])
         return
     for entry in entries:
-        _print_table(_info_table(entry))
+        terminal.print_table(terminal.info_table(entry))
 
 
 @main.command()
@@ -151,7 +151,7 @@ def get(registry: Path | None, collection: str, layers: str, layout: str | None,
 @click.option("--model", help="Language model: folder, hub id or registry name.")
 @click.option("--layout", help="Which published form of the SAEs.")
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16, float16 or float64.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Rows at once.  [default: what fits 256 MB of logits]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Rows at once.  [default: what fits 128 MB of logits]")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a CSV; - for stdout.")
 @click.option("--json", "json_path", is_flag=False, flag_value="-", help="Write JSON; stdout without a file name.")
 @_runtime_options
@@ -172,13 +172,13 @@ def eval_command(
     if str(csv_path) == "-" and json_path == "-":
         raise click.UsageError("--csv - and --json would both go to stdout; give one of them a file")
     runtime = {key: options.pop(key) for key in ("text", "dataset", "device", "seed", "offline", "dtype")}
-    with _progress("evaluating") as progress:
+    with terminal.Progress("evaluating") as progress:
         results = workflows.evaluate(
             collection,
             layers,
             tokens=tokens or workflows.EVAL_TOKENS,
             on_progress=progress,
-            options=workflows.Options(registry=registry, note=_note, **runtime),
+            options=workflows.Options(registry=registry, note=terminal.note, **runtime),
             **options,
         )
     _deliver(results, csv_path, json_path)
@@ -210,7 +210,7 @@ def reproduce_command(
     from saezoo import reproduction, workflows
 
     folder = out or Path("runs") / collection
-    with _progress("training") as on_train, _progress("evaluating") as on_eval:
+    with terminal.Progress("training") as on_train, terminal.Progress("evaluating") as on_eval:
         results = reproduction.reproduce(
             collection,
             layers,
@@ -219,12 +219,12 @@ def reproduce_command(
             recipe=recipe,
             resume=resume,
             eval_tokens=eval_tokens or workflows.EVAL_TOKENS,
-            on_step=_TrainingLine(on_train),
+            on_step=terminal.TrainingLine(on_train),
             on_eval=on_eval,
-            options=workflows.Options(registry=registry, note=_note, **runtime),
+            options=workflows.Options(registry=registry, note=terminal.note, **runtime),
         )
     _deliver(results, None, None)
-    _note(f"use them: saezoo --registry {folder / 'registry.yaml'} list")
+    terminal.note(f"use them: saezoo --registry {folder / 'registry.yaml'} list")
     click.echo(folder)
 
 
@@ -234,7 +234,7 @@ def _deliver(results: list[Result], csv_path: Path | None, json_path: str | None
 
     to_stdout = str(csv_path) == "-" or json_path == "-"
     if not to_stdout:
-        _print_table(forms.table(results))
+        terminal.print_table(forms.table(results))
     if csv_path is not None:
         _write(str(csv_path), forms.to_csv(results))
     if json_path is not None:
@@ -248,96 +248,7 @@ def _write(path: str, text: str) -> None:
         click.echo(text, nl=False)
     else:
         forms.write_text(Path(path), text)
-        _note(f"wrote {path}")
-
-
-class _Progress:
-    """Progress on stderr that appears with the first call: a bar on a terminal, else a line every ten seconds."""
-
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._bar: Any = None
-        self._task: Any = None
-        self._started = time.monotonic()
-        self._next_line = self._started + 10
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, done: int, total: int, status: str = "") -> None:
-        if not sys.stderr.isatty():
-            self._line(done, total, status)
-            return
-        if self._bar is None:
-            self._bar = _new_bar()
-            self._task = self._bar.add_task(self._label, total=total, status="")
-            self._bar.start()
-        self._bar.update(self._task, completed=done, status=status)
-        if done >= total:
-            self._bar.stop()
-
-    def _line(self, done: int, total: int, status: str) -> None:
-        now = time.monotonic()
-        if now < self._next_line:
-            return
-        self._next_line = now + 10
-        speed = done / (now - self._started)
-        left = (total - done) / speed
-        _note(f"{self._label} {done / total:.0%}, {speed:,.0f} tokens/s, {left:,.0f} s left  {status}".rstrip())
-
-
-def _new_bar() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Speed(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text("" if task.speed is None else f"{task.speed:,.0f} tokens/s")
-
-    columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.percentage:>3.0f}%"), Speed())
-    return Progress(
-        *columns,
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-
-def _progress(label: str) -> _Progress:
-    return _Progress(label)
-
-
-class _TrainingLine:
-    """Shows losses and L0 beside the bar, of the first layer, at most twice a second."""
-
-    def __init__(self, progress: _Progress) -> None:
-        self._progress = progress
-        self._next = 0.0
-
-    def __call__(self, done: int, total: int, names: Sequence[str], logs: list[Any]) -> None:
-        if time.monotonic() < self._next and done < total:
-            return
-        self._next = time.monotonic() + 0.5
-        losses, first = logs[0].losses, logs[0]
-        status = f"layer {names[0]}: mse {float(losses.mse):.4g} l1 {float(losses.l1):.4g} L0 {float(first.l0):.1f}"
-        self._progress(done, total, status)
-
-
-def _print_table(table: Any) -> None:
-    from rich.console import Console
-
-    # Names come from registry files and folders: none of their text is markup.
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = max(100, console.width)
-    console.print(table)
-    sys.stdout.flush()
+        terminal.note(f"wrote {path}")
 
 
 def _print_json(value: Any) -> None:
@@ -347,47 +258,3 @@ def _print_json(value: Any) -> None:
 
 def _as_dict(entry: Entry) -> dict[str, Any]:
     return dataclasses.asdict(entry)
-
-
-def _note(message: str) -> None:
-    click.echo(message, err=True)
-
-
-def _ranges(names: list[str]) -> str:
-    """0, 1, 2, 11-post -> 0-2, 11-post."""
-    runs: list[list[str]] = []
-    for name in names:
-        if runs and name.isdigit() and runs[-1][-1].isdigit() and int(name) == int(runs[-1][-1]) + 1:
-            runs[-1].append(name)
-        else:
-            runs.append([name])
-    return ", ".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _info_table(entry: Entry) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"{entry.collection} {entry.name}", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("what", entry.title)
-    table.add_row("model", f"{entry.model_name} ({entry.model.repo or entry.model.folder})")
-    table.add_row("hook", entry.hook)
-    table.add_row("shape", f"d_in {entry.d_in}, d_sae {entry.d_sae}, {entry.dtype}")
-    centred = "residual minus its mean over d_in" if entry.centre else "residual as it is"
-    bos = "begin with BOS" if entry.prepend_bos else "no BOS"
-    table.add_row("input", f"{centred}; rows of {entry.context_size} tokens, {bos}")
-    for name, layout in entry.layouts.items():
-        where = f"{layout.repo}@{layout.revision}" if layout.repo else str(layout.folder)
-        facts = layout.facts.get("weights")
-        table.add_row(f"files: {name}", f"{where}\n{layout.weights}\nsha256 {(facts and facts.sha256) or 'unknown'}")
-    table.add_row("licence", entry.licence)
-    if entry.neuronpedia:
-        table.add_row("neuronpedia", f"https://www.neuronpedia.org/{entry.neuronpedia}")
-    for name, value in entry.published.items():
-        table.add_row(f"published: {name}", f"{value}   ({entry.definitions.definitions[name]})")
-    table.add_row("published how", f"{entry.definitions.protocol} protocol; {entry.definitions.sample}")
-    recipe = {k: v for k, v in dataclasses.asdict(entry.recipe).items() if k != "source"}
-    table.add_row(f"recipe: {entry.recipe_name}", ", ".join(f"{key} {value}" for key, value in recipe.items()))
-    table.add_row("from", entry.origin)
-    return table

@@ -65,7 +65,7 @@ def evaluate(
         tokens: tokens to run, special ones included; rounded down to whole rows.
         protocol: `standard`, or `feb2024` (what the post measured: its packing, BOS replaced and scored).
         model: folder or hub id of the language model; needed for a folder whose model is not in the registry.
-        batch_size: rows of tokens at once; by default as fits 256 MB of logits.
+        batch_size: rows of tokens at once; by default as fits 128 MB of logits.
         layout: which published form of the entries to read.
         on_progress: called with (tokens done, tokens in all).
         options: text, device, dtype, seed, offline, registry.

@@ -31,7 +31,7 @@ LAYERS = [
     "trainers evals",
     "hooked",
     "workflows",
-    "reproduction",
+    "reproduction terminal",
     "cli",
     "__main__ __init__",
 ]

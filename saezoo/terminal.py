@@ -1,0 +1,150 @@
+"""What the terminal shows besides the data: progress on stderr, and tables printed so that they stay data.
+
+Tables go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from saezoo.entries import Entry
+
+
+def note(message: str) -> None:
+    """One line of talk, on stderr."""
+    click.echo(message, err=True)
+
+
+class Progress:
+    """Progress on stderr that appears with the first call: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._bar: Any = None
+        self._task: Any = None
+        self._first: tuple[float, int] | None = None
+        self._next_line = 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int, status: str = "") -> None:
+        if not sys.stderr.isatty():
+            self._line(done, total, status)
+            return
+        if self._bar is None:
+            self._bar = _new_bar()
+            self._task = self._bar.add_task(self._label, total=total, status="")
+            self._bar.start()
+        self._bar.update(self._task, completed=done, status=status)
+        if done >= total:
+            self._bar.stop()
+
+    def _line(self, done: int, total: int, status: str) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._next_line = (now, done), now + 10
+        if now < self._next_line:
+            return
+        self._next_line = now + 10
+        speed = (done - self._first[1]) / (now - self._first[0])
+        left = (total - done) / max(speed, 1e-9)
+        note(f"{self._label} {done / total:.0%}, {speed:,.0f} tokens/s, {left:,.0f} s left  {status}".rstrip())
+
+
+def _new_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:,.0f} tokens/s")
+
+    columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.percentage:>3.0f}%"), Speed())
+    return Progress(
+        *columns,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+class TrainingLine:
+    """Shows losses and L0 beside the bar, of the first layer, at most twice a second."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._next = 0.0
+
+    def __call__(self, done: int, total: int, names: Sequence[str], logs: list[Any]) -> None:
+        if time.monotonic() < self._next and done < total:
+            return
+        self._next = time.monotonic() + 0.5
+        losses, first = logs[0].losses, logs[0]
+        status = f"layer {names[0]}: mse {float(losses.mse):.4g} l1 {float(losses.l1):.4g} L0 {float(first.l0):.1f}"
+        self._progress(done, total, status)
+
+
+def print_table(table: Any) -> None:
+    """Print a rich table on stdout, at least 100 columns wide unless the terminal is narrower."""
+    from rich.console import Console
+
+    # Names come from registry files and folders: none of their text is markup.
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = max(100, console.width)
+    console.print(table)
+    sys.stdout.flush()
+
+
+def ranges(names: list[str]) -> str:
+    """0, 1, 2, 11-post -> 0-2, 11-post."""
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and name.isdigit() and runs[-1][-1].isdigit() and int(name) == int(runs[-1][-1]) + 1:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def info_table(entry: Entry) -> Any:
+    """A rich table of what the registry knows about one SAE."""
+    from rich.table import Table
+
+    table = Table(title=f"{entry.collection} {entry.name}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("what", entry.title)
+    table.add_row("model", f"{entry.model_name} ({entry.model.repo or entry.model.folder})")
+    table.add_row("hook", entry.hook)
+    table.add_row("shape", f"d_in {entry.d_in}, d_sae {entry.d_sae}, {entry.dtype}")
+    centred = "residual minus its mean over d_in" if entry.centre else "residual as it is"
+    bos = "begin with BOS" if entry.prepend_bos else "no BOS"
+    table.add_row("input", f"{centred}; rows of {entry.context_size} tokens, {bos}")
+    for name, layout in entry.layouts.items():
+        where = f"{layout.repo}@{layout.revision}" if layout.repo else str(layout.folder)
+        facts = layout.facts.get("weights")
+        table.add_row(f"files: {name}", f"{where}\n{layout.weights}\nsha256 {(facts and facts.sha256) or 'unknown'}")
+    table.add_row("licence", entry.licence)
+    if entry.neuronpedia:
+        table.add_row("neuronpedia", f"https://www.neuronpedia.org/{entry.neuronpedia}")
+    for name, value in entry.published.items():
+        table.add_row(f"published: {name}", f"{value}   ({entry.definitions.definitions[name]})")
+    table.add_row("published how", f"{entry.definitions.protocol} protocol; {entry.definitions.sample}")
+    recipe = {k: v for k, v in dataclasses.asdict(entry.recipe).items() if k != "source"}
+    table.add_row(f"recipe: {entry.recipe_name}", ", ".join(f"{key} {value}" for key, value in recipe.items()))
+    table.add_row("from", entry.origin)
+    return table
