@@ -47,6 +47,12 @@ def cannot_write(path: Path, error: OSError) -> SaezooError:
     return SaezooError(f"cannot write {path}: {error.strerror or error}; choose a place that can be written")
 
 
+def git_sha1(path: Path) -> str:
+    """Hex SHA-1 of the file as a git blob; the hub names small files by it."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """Hex SHA-256 of the file's bytes."""
     digest = hashlib.sha256()

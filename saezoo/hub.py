@@ -1,8 +1,8 @@
 """From an entry to verified files on this machine, through huggingface_hub's own cache.
 
 Every file is asked for at the registry's pinned revision and checked on every use: against the registry's SHA-256 and
-size where they are known, else against the hash under which the hub itself stores the file (the name of the cache's
-blob, for LFS files). Imports no torch.
+size where they are known, else against the hash under which the hub itself stores the file: the name of the cache's
+blob is the SHA-256 of a large file and git's SHA-1 of a small one. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Fetched:
     config: Path | None
     sparsity: Path | None
     checks: dict[str, str]
-    """File name -> `registry sha256`, `hub sha256`, `registry size` or `not verifiable`."""
+    """File name -> `registry sha256`, `hub sha256`, `hub git sha1`, `registry size` or `not verifiable`."""
 
 
 def layout_of(entry: Entry, layout: str | None = None) -> Layout:
@@ -63,9 +63,9 @@ def fetch(entry: Entry, layout: str | None = None, *, offline: bool = False) -> 
 
 
 def fetch_model(model: Model, *, offline: bool = False) -> Path:
-    """Folder with the verified config.json, model.safetensors and tokenizer.json of `model`."""
+    """Folder with the verified files of `model`: config.json, model.safetensors, tokenizer.json, and all in `facts`."""
     folder = None
-    for name in _MODEL_FILES:
+    for name in dict.fromkeys((*_MODEL_FILES, *model.facts)):
         path = _locate(model.repo, model.revision, model.folder, name, offline=offline)
         verify(path, model.facts.get(name, _UNKNOWN))
         folder = path.parent
@@ -91,13 +91,18 @@ def verify(path: Path, facts: FileFacts) -> str:
     if facts.bytes is not None and size != facts.bytes:
         raise DownloadError(_wrong(path, f"has {size:,} bytes where the registry says {facts.bytes:,}"))
     blob = path.resolve().name
-    for promised, whose in ((facts.sha256, "registry"), (blob if re.fullmatch("[0-9a-f]{64}", blob) else None, "hub")):
-        if promised is not None:
-            actual = files.sha256(path)
-            if actual != promised:
-                raise DownloadError(_wrong(path, f"has sha256 {actual} where the {whose} says {promised}"))
-            return f"{whose} sha256"
-    return "not verifiable" if facts.bytes is None else "registry size"
+    if facts.sha256 is not None:
+        promised, actual, check = facts.sha256, files.sha256(path), "registry sha256"
+    elif re.fullmatch("[0-9a-f]{64}", blob):
+        promised, actual, check = blob, files.sha256(path), "hub sha256"
+    elif re.fullmatch("[0-9a-f]{40}", blob):
+        promised, actual, check = blob, files.git_sha1(path), "hub git sha1"
+    else:
+        return "not verifiable" if facts.bytes is None else "registry size"
+    if actual != promised:
+        whose, kind = check.split(" ", 1)
+        raise DownloadError(_wrong(path, f"has {kind} {actual} where the {whose} says {promised}"))
+    return check
 
 
 def _wrong(path: Path, what: str) -> str:

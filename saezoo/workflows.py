@@ -187,7 +187,7 @@ class Session:
     """The language model in TransformerLens (HookedTransformer below version 4, TransformerBridge from 4 on)."""
     sae: SAE
     activations: Iterator[Tensor]
-    """Shuffled batches [batch_size, D] of what the SAE reads; as many as the text gives, then from its start again."""
+    """Shuffled batches [batch_size, D] of what the SAE reads, BOS positions included as in training; endless."""
 
 
 def load_session(

@@ -117,7 +117,7 @@ def test_each_file_says_how_it_was_checked(cache: Path, overlay: Path) -> None:
     entry = read_registry(overlay).find("small", 1)[0]
     assert hub.fetch(entry, offline=True).checks == {
         WEIGHTS: "hub sha256",
-        f"{HOOK}/cfg.json": "not verifiable",
+        f"{HOOK}/cfg.json": "hub git sha1",
         f"{HOOK}/sparsity.safetensors": "hub sha256",
     }
 
