@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from saezoo import terminal
+from saezoo import files, terminal
 from saezoo.entries import Entry
 from saezoo.errors import SaezooError
 from saezoo.registry import read_registry
@@ -171,6 +171,9 @@ def eval_command(
 
     if str(csv_path) == "-" and json_path == "-":
         raise click.UsageError("--csv - and --json would both go to stdout; give one of them a file")
+    for path in (csv_path, json_path):
+        if path is not None and str(path) != "-":
+            files.check_writable(Path(path))
     runtime = {key: options.pop(key) for key in ("text", "dataset", "device", "seed", "offline", "dtype")}
     with terminal.Progress("evaluating") as progress:
         results = workflows.evaluate(

@@ -25,12 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path
         return
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask
-    except OSError as error:
-        raise cannot_write(path, error) from None
+    temporary = _temporary(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -38,6 +33,25 @@ def replacing(path: Path) -> Iterator[Path]:
         raise cannot_write(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise SaezooError now, rather than after long work, if `path` cannot be written."""
+    if path.is_dir():
+        raise SaezooError(f"cannot write {path}: it is a folder; give a file name")
+    if path.is_file() or not path.exists():
+        _temporary(path).unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """A new empty file beside `path`, with the permissions that an ordinary file would get."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    return temporary
 
 
 def cannot_write(path: Path, error: OSError) -> SaezooError:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from saezoo import files
 from saezoo import results as forms
 from saezoo import tokens as text
 from saezoo.entries import Entry
@@ -104,6 +105,7 @@ def _check_run(out: Path, total: int, resume: bool) -> None:
         raise UsageError(f"--tokens must be above 0, not {total}")
     if not resume and out.is_dir() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; choose another --out, or --resume the run in it")
+    files.check_writable(out / "run.json")
 
 
 def _finished(entry: Entry, trainee: Trainee, out: Path) -> SAE:

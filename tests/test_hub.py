@@ -122,11 +122,12 @@ def test_each_file_says_how_it_was_checked(cache: Path, overlay: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, f"{HOOK}/cfg.json"])
 def test_a_flipped_byte_in_the_cache_is_found(
-    cache: Path, published: tuple[dict[str, Path], dict[str, Path]], overlay: Path
+    cache: Path, published: tuple[dict[str, Path], dict[str, Path]], overlay: Path, name: str
 ) -> None:
-    blob = (cache / "models--owner--reformatted" / "snapshots" / NEW[1] / WEIGHTS).resolve()
-    content = bytearray(published[0][WEIGHTS].read_bytes())
+    blob = (cache / "models--owner--reformatted" / "snapshots" / NEW[1] / name).resolve()
+    content = bytearray(published[0][name].read_bytes())
     content[-1] ^= 1
     blob.unlink()  # a hard link to the file of all tests
     blob.write_bytes(content)
