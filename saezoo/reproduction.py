@@ -167,8 +167,11 @@ def overlay(job: Job, recipe_name: str, results: list[Result]) -> str:
     """A registry file that adds the SAEs of a finished run as the collection `<name>-rerun`."""
     first = job.entries[0]
     recipe = {key: value for key, value in dataclasses.asdict(job.recipe).items() if key != "source"}
+    # The built-in registry knows the built-in models; one from an overlay goes along.
+    models = {} if first.origin == "built-in" else {first.model_name: dataclasses.asdict(first.model)}
     content = {
         "version": 1,
+        "models": {name: {**model, "source": ["rerun"]} for name, model in models.items()},
         "sources": {"rerun": f"saezoo reproduce on {job.source.name}, {job.tokens} tokens, seed {job.seed}"},
         "recipes": {f"{recipe_name}-rerun": {**recipe, "tokens": job.tokens, "source": ["rerun"]}},
         "collections": {f"{first.collection}-rerun": _collection(job, recipe_name, results)},
