@@ -26,8 +26,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield path
         return
     temporary = _temporary(path)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        os.chmod(temporary, mode)  # safetensors makes its files readable by the owner alone
         os.replace(temporary, path)
     except OSError as error:
         raise cannot_write(path, error) from None
