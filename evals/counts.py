@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saezoo.evals.intervals import jackknife
+from saezoo.evals.intervals import alive_again, jackknife
 from saezoo.results import Measured
 
 _EDGES = [x / 2 for x in range(-12, 1)]  # log10 density from 1e-6 to 1, half a decade each
@@ -20,10 +20,13 @@ def feature_counts(fires_GF: Tensor, tokens_G: Tensor) -> dict[str, Measured]:
     ((1 - p)^N > 0.05), so `dead` cannot tell them from truly dead ones.
     """
     n_features, tokens = fires_GF.shape[1], float(tokens_G.sum())
-    dead = jackknife(fires_GF, tokens_G, lambda fires, _: (fires == 0).sum())
-    alive = jackknife(fires_GF, tokens_G, lambda fires, _: (fires > 0).sum())
+    value, lo, hi = alive_again(fires_GF, tokens_G)
+    alive, dead = Measured(value / n_features), Measured(n_features - value)
+    if lo is not None and hi is not None:
+        alive = Measured(value / n_features, lo / n_features, hi / n_features)
+        dead = Measured(n_features - value, n_features - hi, n_features - lo)
     return {
-        "alive_fraction": Measured(*(None if v is None else v / n_features for v in alive)),  # type: ignore[arg-type]
+        "alive_fraction": alive,
         "dead": dead,
         "dense_100": jackknife(fires_GF, tokens_G, lambda fires, n: (fires > n / 100).sum()),
         "dense_10": jackknife(fires_GF, tokens_G, lambda fires, n: (fires > n / 10).sum()),

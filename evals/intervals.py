@@ -1,7 +1,8 @@
 """95 % intervals. The independent unit is the document: tokens of one text resemble each other.
 
-Means and ratios: percentile bootstrap over blocks of documents. Counts of features (alive, dense): delete-one-group
-jackknife over 32 groups of documents, since a bootstrap sample can only lose features, never find new ones.
+Means and ratios: percentile bootstrap over blocks of documents. Counts of dense features: delete-one-group jackknife
+over 32 groups of documents. The count of alive features: what another sample of the same size would show, since any
+redrawing of this one can only lose features, never find new ones.
 """
 
 from __future__ import annotations
@@ -50,6 +51,23 @@ def _apply(sums: dict[str, Tensor], x_sum_ND: Tensor, weights_RN: Tensor) -> dic
     mean_RD = (weights_RN @ x_sum_ND) / totals["tokens"][:, None]
     view: Sums = {**totals, "mean_x2": mean_RD.square().sum(-1)}
     return {metric.name: metric.formula(view) for metric in METRICS}
+
+
+def alive_again(fires_GF: Tensor, tokens_G: Tensor) -> Measured:
+    """The number of features that fired, with the 95 % range of that number in another sample of the same size.
+
+    `fires_GF`: times each feature fired in each group of documents [G, F]; `tokens_G`: scored tokens per group. By
+    symmetry another sample misses as many of this one's features as it shows new ones. Their expected number is at
+    most that of the features seen in a single group (Good and Turing's first term), Q; half a feature is added for
+    Q = 0. Two such Poisson numbers differ by 1.96 sqrt(2 (Q + 1/2)) at most, 95 times in 100: a cautious range.
+    """
+    fired_GF = fires_GF > 0
+    value = float(fired_GF.any(0).sum())
+    if int((tokens_G > 0).sum()) < GROUPS:
+        return Measured(value, None, None)
+    singles = float((fired_GF.sum(0) == 1).sum())
+    margin = 1.96 * (2 * (singles + 0.5)) ** 0.5
+    return Measured(value, max(0.0, value - margin), min(float(fires_GF.shape[1]), value + margin))
 
 
 def jackknife(fires_GF: Tensor, tokens_G: Tensor, count: Callable[[Tensor, Tensor], Tensor]) -> Measured:

@@ -105,12 +105,9 @@ def table(results: Sequence[Result]) -> Table:
 
     first = results[0]
     columns = _FEB2024_COLUMNS if first.protocol == "feb2024" else _STANDARD_COLUMNS
-    lines = ["±: half of the 95 % interval over documents"]
-    if any(result.published for result in results):
-        lines.append("last line of a row: published")
     shown = Table(
         title=Text(f"{first.collection} · {first.protocol} protocol · {first.tokens:,} tokens of {first.text}"),
-        caption="; ".join(lines),
+        caption="±: half of the 95 % interval over documents",
         caption_justify="left",
     )
     shown.add_column("layer", justify="right")
@@ -118,8 +115,9 @@ def table(results: Sequence[Result]) -> Table:
         shown.add_column(label, justify="right")
     shown.add_column("density 1e-6–1")
     for result in results:
-        cells = [_cell(result, name, digits) for _, name, digits in columns]
-        shown.add_row(Text(result.layer), *cells, sparkline(result.histogram["counts"]))
+        cells = [_cell(result, metric, digits) for _, metric, digits in columns]
+        name = Text(result.layer).append("\n\npublished" if result.published else "", style="cyan")
+        shown.add_row(name, *cells, sparkline(result.histogram["counts"]), end_section=bool(result.published))
     return shown
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saezoo.evals import Subject, evaluate
-from saezoo.evals.intervals import GROUPS, bootstrap, jackknife
+from saezoo.evals.intervals import GROUPS, alive_again, bootstrap, jackknife
 from saezoo.evals.metrics import METRICS, PER_TOKEN
 from saezoo.lm import load_language_model
 from saezoo.results import Measured
@@ -165,3 +166,30 @@ def test_the_order_of_the_rows_does_not_matter(tiny_model_folder: Path) -> None:
         assert len(parts) == (3 if has_interval else 1), name
         tolerance = 1e-9 if has_interval else 1e-3  # the median's iteration depends on the order of the sums
         assert all(b == pytest.approx(a, rel=tolerance) for a, b in parts), name
+
+
+def test_what_another_sample_would_show() -> None:
+    """By hand: of sixty features one fires everywhere, two in one group each, the others never: Q = 2."""
+    fires_GF = torch.zeros(GROUPS, 60, dtype=torch.float64)
+    fires_GF[:, 0], fires_GF[4, 1], fires_GF[9, 2] = 2, 7, 1
+    value, lo, hi = alive_again(fires_GF, torch.full((GROUPS,), 10.0, dtype=torch.float64))
+    assert (value, lo) == (3, 0)
+    assert hi == pytest.approx(3 + 1.96 * math.sqrt(5))
+
+
+def test_the_range_of_alive_features_covers_another_sample() -> None:
+    """Features of known rates, a thousand pairs of samples: the first one's range holds the second one's count."""
+    generator = torch.Generator().manual_seed(0)
+    rates_F = 10 ** (torch.rand(200, generator=generator, dtype=torch.float64) * 4 - 2.5)
+    tokens_G = torch.ones(GROUPS, dtype=torch.float64)
+    hits = 0
+    for _ in range(1000):
+        first, second = (torch.poisson((rates_F / GROUPS).expand(GROUPS, -1), generator=generator) for _ in range(2))
+        _, lo, hi = alive_again(first, tokens_G)
+        assert lo is not None and hi is not None
+        hits += lo <= float((second.sum(0) > 0).sum()) <= hi
+    assert hits >= 950
+
+
+def test_the_range_of_alive_features_needs_documents() -> None:
+    assert alive_again(torch.ones(GROUPS, 2), torch.eye(GROUPS)[0]) == Measured(2, None, None)
