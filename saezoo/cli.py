@@ -130,13 +130,19 @@ def info(registry: Path | None, collection: str, layer: str, as_json: bool) -> N
 @click.argument("collection")
 @click.argument("layers")
 @click.option("--layout", help="Which published form.  [default: the first]")
+@click.option("--with-model", is_flag=True, help="The language model too: then eval works offline.")
 @click.option("--offline", is_flag=True, help="Only check what is cached.")
 @click.pass_obj
-def get(registry: Path | None, collection: str, layers: str, layout: str | None, offline: bool) -> None:
+def get(
+    registry: Path | None, /, collection: str, layers: str, layout: str | None, with_model: bool, offline: bool
+) -> None:
     """Download SAEs, verify them, and print where they are."""
     from saezoo import hub
 
-    for entry in read_registry(registry).find(collection, layers):
+    entries = read_registry(registry).find(collection, layers)
+    if with_model:
+        terminal.note(f"{entries[0].model_name}  {hub.fetch_model(entries[0].model, offline=offline)}")
+    for entry in entries:
         fetched = hub.fetch(entry, layout, offline=offline)
         for name, check in fetched.checks.items():
             click.echo(f"{collection} {entry.name}  {name}  {check}", err=True)

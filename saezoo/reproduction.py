@@ -76,12 +76,12 @@ def reproduce(
     entries = registry.find(name, layers)
     chosen = registry.recipe(recipe) if recipe else entries[0].recipe
     total = chosen.tokens if tokens is None else tokens
-    _check_run(out, total, resume)
     first = entries[0]
     trained_on = TextSource(f"dataset:{first.dataset_name}", dataset=first.dataset)
     source = text_source(options, default=trained_on if first.dataset else text.builtin("train"))
     if str(options.text) == "builtin":
         source = text.builtin("train")
+    _check_run(out, total, resume)
     job = Job(tuple(entries), chosen, source, total, options.seed)
     lm = load_language_model(fetch_model(first.model, options), device=options.device)
     names = [entry.name for entry in entries]

@@ -173,8 +173,10 @@ def text_source(options: Options, *, default: TextSource) -> TextSource:
     if options.dataset is not None:
         spec = read_registry(options.registry).datasets.get(options.dataset)
         spec = spec or Dataset(options.dataset, None, None, "train", "text", None, ())
-        return TextSource(f"dataset:{options.dataset}", dataset=spec)
+        default = TextSource(f"dataset:{options.dataset}", dataset=spec)
     if options.text is None:
+        if default.dataset is not None and options.offline:
+            raise UsageError(f"{default.name} is streamed from the hub; leave --offline out, or give --text")
         return default
     return text.builtin("heldout") if str(options.text) == "builtin" else text.text_file(Path(options.text))
 

@@ -28,7 +28,7 @@ OPTIONS = {
     "saezoo": "--registry --version",
     "list": "--json",
     "info": "--json",
-    "get": "--layout --offline",
+    "get": "--layout --with-model --offline",
     "eval": "--tokens --protocol --model --layout --dtype --batch-size --csv --json --text --dataset --device --seed"
     " --offline",
     "reproduce": "--tokens --out --recipe --resume --eval-tokens --text --dataset --device --seed --offline",
@@ -176,12 +176,23 @@ def test_info_json() -> None:
         (["eval", "gpt2-small-res", "0", "--device", "tpu9"], "device `tpu9` cannot be used here; "),
         (["eval", "gpt2-small-res", "0", "--dtype", "int8"], "dtype `int8` is not supported; use float32, bfl"),
         (["eval", "gpt2-small-res", "0", "--tokns", "5"], "No such option '--tokns'. Did you mean '--tokens'?"),
+        (
+            ["eval", "tiny-res", "0", "--dataset", "openwebtext", "--offline"],
+            "dataset:openwebtext is streamed from the hub; leave --offline out, or give --text",
+        ),
+        (["reproduce", "gpt2-small-res", "0", "--offline", "--out", "absent"], "dataset:openwebtext is streamed from"),
         (["reproduce", "gpt2-small-res", "0", "--recipe", "x"], "no recipe `x`; known: feb2024, post"),
         (["reproduce", "gpt2-small-res", "0", "--out", __file__], "Invalid value for '--out': Directory '"),
     ],
 )
 def test_requests_that_are_wrong(arguments: list[str], message: str) -> None:
     assert refused(saezoo(*arguments), 2).startswith(message)
+
+
+def test_the_model_comes_along_if_asked() -> None:
+    result = saezoo("get", "tiny-res", 3, "--with-model", "--offline")
+    assert [Path(line).name for line in result.stdout.splitlines()] == ["sae_weights.safetensors"]
+    assert result.stderr.startswith("tiny-lm  ")
 
 
 @pytest.mark.parametrize("command", ["get", "eval"])
