@@ -75,7 +75,7 @@ def _runtime_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options of every command that runs a model."""
     for option in reversed(
         [
-            click.option("--text", help="`builtin` or a file (.txt, .jsonl).  [default: the bundled text]"),
+            click.option("--text", help="`builtin` or a file (.txt, .jsonl)."),
             click.option("--dataset", help="Registry data set (openwebtext) or hub id, streamed."),
             click.option("--device", default="cpu", show_default=True, help="torch device."),
             click.option(
@@ -172,7 +172,10 @@ def eval_command(
     json_path: str | None,
     **options: Any,
 ) -> None:
-    """Measure SAEs of a COLLECTION (or one local SAE folder) on text."""
+    """Measure SAEs of a COLLECTION, or one local SAE folder.
+
+    Without --text or --dataset: on the bundled held-out text.
+    """
     from saezoo import workflows
 
     if str(csv_path) == "-" and json_path == "-":
@@ -215,7 +218,10 @@ def reproduce_command(
     resume: bool,
     **runtime: Any,
 ) -> None:
-    """Train SAEs again by their recipe, and compare with what was published."""
+    """Train SAEs again by their recipe.
+
+    Without --text or --dataset: on what the entries were trained on. Ends with an evaluation beside the published one.
+    """
     from saezoo import reproduction, workflows
 
     folder = out or Path("runs") / collection
