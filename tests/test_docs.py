@@ -24,10 +24,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from saezoo import Entry, SaezooError, load, read_registry, registry, tokens
+from saezoo import Entry, load, read_registry, registry, tokens
 from saezoo.evals import Subject, evaluate
 from saezoo.evals.metrics import METRICS
-from saezoo.hub import fetch
 from saezoo.lm import LanguageModel
 from saezoo.results import Result
 from saezoo.sae import SAE, SAEConfig
@@ -112,12 +111,6 @@ def figures() -> list[str]:
 def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The tutorial's outputs; its figures lie in the working folder."""
     pytest.importorskip("matplotlib")
-    pytest.importorskip("transformer_lens")
-    entry = read_registry().find("tiny-res", 2)[0]
-    try:
-        fetch(entry, offline=True)
-    except SaezooError as error:
-        pytest.skip(f"no bundled SAEs: {error}")
     folder = tmp_path_factory.mktemp("tutorial")
     outputs = run([block for block in tutorial_blocks() if block.runs], folder)
     assert {path.name for path in folder.iterdir()} == set(figures())

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saezoo.entries import Dataset
 from saezoo.errors import TextError
 from saezoo.lm import load_language_model
-from saezoo.tokens import Rows, builtin, collect, concatenate, encode, pack, pack_feb2024, text_file
+from saezoo.tokens import Rows, TextSource, builtin, collect, concatenate, encode, pack, pack_feb2024, text_file
 
 GOLDEN = Path(__file__).parent / "golden"
 BOS = 0
@@ -232,3 +233,36 @@ def test_the_bundled_text_lies_in_the_package() -> None:
     source = builtin("heldout")
     assert source.name == "builtin:heldout"
     assert source.path is not None and source.path.parts[-3:] == ("bundled", "text", "heldout.jsonl.xz")
+
+
+def dataset_folder(folder: Path, column: str) -> Path:
+    """Two parquet files, as on the hub: `datasets` reads a local folder by the same code."""
+    import pandas as pd
+
+    (folder / "plain_text").mkdir(parents=True)
+    for number in range(2):
+        frame = pd.DataFrame({column: [f"document {number}.{i}" for i in range(3)]})
+        frame.to_parquet(folder / "plain_text" / f"train-0000{number}-of-00002.parquet")
+    return folder
+
+
+def from_dataset(folder: Path, *, data_files: str | None = "plain_text/train-*.parquet") -> TextSource:
+    spec = Dataset(str(folder), None, data_files, "train", "text", None, ())
+    return TextSource("dataset:mine", dataset=spec)
+
+
+def test_a_data_set_is_streamed_in_its_own_order(tmp_path: Path) -> None:
+    source = from_dataset(dataset_folder(tmp_path / "set", "text"))
+    assert list(source.documents()) == [f"document {n}.{i}" for n in range(2) for i in range(3)]
+
+
+def test_a_data_set_without_the_column_is_refused(tmp_path: Path) -> None:
+    source = from_dataset(dataset_folder(tmp_path / "set", "words"))
+    with pytest.raises(TextError, match=r"^data set .*set has no column `text`$"):
+        list(source.documents())
+
+
+def test_a_data_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match=r"^data set .*absent cannot be read: .+") as caught:
+        list(from_dataset(tmp_path / "absent", data_files=None).documents())
+    assert "\n" not in str(caught.value)
