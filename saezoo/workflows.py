@@ -26,6 +26,7 @@ from saezoo.tokens import TextSource
 
 EVAL_TOKENS = 65_536
 _FEB2024_ROWS = 32
+_SESSION_ROWS = 32  # a small buffer: the first batch waits for four times as many rows
 
 
 @dataclass(frozen=True)
@@ -223,11 +224,11 @@ def _batches(lm: LanguageModel, sae: SAE, source: TextSource, batch_size: int, s
 
     def rows() -> Iterator[text.Rows]:
         while True:
-            yield from _in_blocks(packed(source, lm, context, "standard"), 32)
+            yield from _in_blocks(packed(source, lm, context, "standard"), _SESSION_ROWS)
 
     buffer = ActivationBuffer(
         activations(lm, rows(), [depth], centre=sae.config.centre),
-        half=8,
+        half=max(2, -(-batch_size // (_SESSION_ROWS * context))),
         batch_size=batch_size,
         mode="fixed",
         permute=lambda n: torch.randperm(n, generator=generator).to(lm.device),
