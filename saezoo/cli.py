@@ -5,7 +5,6 @@ stdout carries data (tables, JSON, CSV, paths); progress and remarks go to stder
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import errno
 import json
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from saezoo import files, terminal
-from saezoo.entries import Entry
 from saezoo.errors import SaezooError
 from saezoo.registry import read_registry
 
@@ -93,9 +91,10 @@ def _runtime_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.pass_obj
 def list_command(registry: Path | None, as_json: bool) -> None:
     """List all collections and their SAEs."""
-    collections = read_registry(registry).collections
+    known = read_registry(registry)
+    collections = known.collections
     if as_json:
-        _print_json([_as_dict(entry) for entries in collections.values() for entry in entries])
+        _print_json([known.describe(entry) for entries in collections.values() for entry in entries])
         return
     from rich.table import Table
 
@@ -117,13 +116,14 @@ def list_command(registry: Path | None, as_json: bool) -> None:
 @click.pass_obj
 def info(registry: Path | None, collection: str, layer: str, as_json: bool) -> None:
     """Show what is known about one SAE (or several: 0-3,7)."""
-    entries = read_registry(registry).find(collection, layer)
+    known = read_registry(registry)
+    entries = known.find(collection, layer)
     if as_json:
-        records = [_as_dict(entry) for entry in entries]
+        records = [known.describe(entry) for entry in entries]
         _print_json(records if len(records) > 1 else records[0])
         return
     for entry in entries:
-        terminal.print_table(terminal.info_table(entry))
+        terminal.print_table(terminal.info_table(entry, known.describe(entry)["sources"]))
 
 
 @main.command()
@@ -269,7 +269,3 @@ def _write(path: str, text: str) -> None:
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
     sys.stdout.flush()
-
-
-def _as_dict(entry: Entry) -> dict[str, Any]:
-    return dataclasses.asdict(entry)

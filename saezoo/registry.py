@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from saezoo import strict_yaml
 from saezoo.entries import Dataset, Entry, FileFacts, Layout, Model, Published, Recipe
@@ -92,6 +92,13 @@ class Registry:
     recipes: Mapping[str, Recipe]
     models: Mapping[str, Model]
     datasets: Mapping[str, Dataset]
+    sources: Mapping[str, str]
+    """What the keys under `source` stand for, in words."""
+
+    def describe(self, entry: Entry) -> dict[str, Any]:
+        """Every field of `entry` as plain values, and `sources`: what the keys that it cites stand for."""
+        record = dataclasses.asdict(entry)
+        return {**record, "sources": {key: self.sources[key] for key in sorted(_cited(record))}}
 
     def find(self, collection: str, layers: str | int = "all") -> list[Entry]:
         """The entries of `collection` that `layers` names: `10`, `0-3,7`, `11-post` or `all`.
@@ -159,7 +166,7 @@ def _read(overlay: str | None, stamp: tuple[int, int] | None) -> Registry:
     for file in files:
         for name, spec in file.content.collections.items():
             collections[name] = _Resolver(file, name, spec, everything).entries()
-    return Registry(collections, everything.recipes, everything.models, everything.datasets)
+    return Registry(collections, everything.recipes, everything.models, everything.datasets, everything.sources)
 
 
 @dataclass(frozen=True)
@@ -296,6 +303,15 @@ def _filled(layout: Layout, hook: str, facts: dict[str, FileFacts]) -> Layout:
         sparsity=name(layout.sparsity),
         facts=facts,
     )
+
+
+def _cited(record: Mapping[str, Any]) -> set[str]:
+    """The source keys anywhere in `record`."""
+    found = set(record.get("source", ()))
+    for value in record.values():
+        if isinstance(value, Mapping):
+            found |= _cited(value)
+    return found
 
 
 def _expand(part: str, names: Mapping[str, Entry]) -> list[str]:

@@ -181,7 +181,7 @@ def overlay(job: Job, recipe_name: str, results: list[Result]) -> str:
 
 def _collection(job: Job, recipe_name: str, results: list[Result]) -> dict[str, object]:
     first = job.entries[0]
-    shared = {key: getattr(first, key) for key in ("d_in", "d_sae", "context_size", "prepend_bos", "centre", "dtype")}
+    shared = {key: getattr(first, key) for key in ("d_in", "d_sae", "context_size", "prepend_bos", "centre")}
     # A run shorter than one sampling window leaves no sparsity behind.
     closed_a_window = job.tokens // job.recipe.batch_size >= job.recipe.sampling_window_steps
     layout = {
@@ -210,6 +210,7 @@ def _collection(job: Job, recipe_name: str, results: list[Result]) -> dict[str, 
         "recipe": f"{recipe_name}-rerun",
         "hook": first.hook.replace(f"blocks.{first.layer}.", "blocks.{layer}."),
         **shared,
+        "dtype": "float32",
         "licence": first.licence,
         "source": ["rerun"],
         "layouts": {"run": layout},

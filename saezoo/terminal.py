@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -120,8 +120,8 @@ def ranges(names: list[str]) -> str:
     return ", ".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def info_table(entry: Entry) -> Any:
-    """A rich table of what the registry knows about one SAE."""
+def info_table(entry: Entry, sources: Mapping[str, str]) -> Any:
+    """A rich table of what the registry knows about one SAE, and from where (`sources`: key -> words)."""
     from rich.table import Table
 
     table = Table(title=f"{entry.collection} {entry.name}", show_header=False)
@@ -146,5 +146,7 @@ def info_table(entry: Entry) -> Any:
     table.add_row("published how", f"{entry.definitions.protocol} protocol; {entry.definitions.sample}")
     recipe = {k: v for k, v in dataclasses.asdict(entry.recipe).items() if k != "source"}
     table.add_row(f"recipe: {entry.recipe_name}", ", ".join(f"{key} {value}" for key, value in recipe.items()))
+    for key, words in sources.items():
+        table.add_row(f"source: {key}", words)
     table.add_row("from", entry.origin)
     return table

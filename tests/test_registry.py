@@ -419,3 +419,14 @@ def test_no_damaged_overlay_raises_anything_else(
         read_registry(path)
     except SaezooError as error:
         assert isinstance(error, RegistryError)
+
+
+@pytest.mark.parametrize("collection", ["gpt2-small-res", "tiny-res"])
+def test_every_fact_carries_its_source(collection: str) -> None:
+    registry = read_registry()
+    for entry in registry.collections[collection]:
+        record = registry.describe(entry)
+        blocks = [record, record["model"], record["recipe"], record["definitions"], *record["layouts"].values()]
+        for block in blocks:
+            assert block["source"]
+            assert all(len(record["sources"][key]) > 20 for key in block["source"])
