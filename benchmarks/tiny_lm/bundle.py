@@ -1,6 +1,8 @@
-"""Put the SAEs of a finished `saezoo reproduce tiny-res all` into the package, as float16.
+"""Put the SAEs of finished runs of `saezoo reproduce tiny-res …` into the package, as float16.
 
-python benchmarks/tiny_lm/bundle.py RUN_FOLDER
+    python benchmarks/tiny_lm/bundle.py RUN_FOLDER [RUN_FOLDER ...]
+
+The hashes and measured values in `registry.yaml` are then written by hand.
 """
 
 from __future__ import annotations
@@ -10,18 +12,15 @@ from pathlib import Path
 
 import torch
 
-from saezoo import load, read_registry
+from saezoo import load
 from saezoo.registry import package_folder
 
 
-def main(run: Path) -> None:
-    """Copy each SAE of `run` to saezoo/bundled/tiny-res/HOOK."""
-    for entry in read_registry().find("tiny-res"):
-        folder = load(run / entry.hook).save(
-            package_folder() / "bundled" / "tiny-res" / entry.hook, dtype=torch.float16
-        )
-        print(folder)
+def main(runs: list[Path]) -> None:
+    """Copy each SAE of each run to saezoo/bundled/tiny-res/HOOK."""
+    for folder in (folder for run in runs for folder in sorted(run.glob("blocks.*"))):
+        print(load(folder).save(package_folder() / "bundled" / "tiny-res" / folder.name, dtype=torch.float16))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main([Path(argument) for argument in sys.argv[1:]])
