@@ -16,6 +16,7 @@ from saezoo.evals.metrics import METRICS, Sums
 from saezoo.results import Measured
 
 DRAWS = 1000
+FEWEST = 10  # documents: with fewer the percentile bootstrap's intervals are far too narrow
 GROUPS = 32
 _T_975 = 2.04  # Student's t, 31 degrees of freedom
 
@@ -24,14 +25,14 @@ def bootstrap(sums_KN: dict[str, Tensor], x_sum_ND: Tensor, *, seed: int) -> dic
     """Every metric with its interval.
 
     `sums_KN`: name -> sum per block of documents [N]; `x_sum_ND`: sum of x per block [N, D]. Blocks without a scored
-    token are left out. With fewer than two blocks the interval is unknown.
+    token are left out. With fewer than ten blocks the interval is unknown.
     """
     full = sums_KN["tokens"] > 0
     sums = {name: column[full] for name, column in sums_KN.items()}
     x_sum_ND = x_sum_ND[full]
     n = len(x_sum_ND)
     values = _apply(sums, x_sum_ND, torch.ones(1, n, dtype=torch.float64))
-    if n < 2:
+    if n < FEWEST:
         return {name: Measured(float(value[0]), None, None) for name, value in values.items()}
     generator = torch.Generator().manual_seed(seed)
     picks_RN = torch.randint(n, (DRAWS, n), generator=generator)

@@ -91,7 +91,7 @@ def sae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "some.txt"
-    path.write_text("<|endoftext|>".join(f"Document {i} says {i * i}. " * 3 for i in range(40)))
+    path.write_text("<|endoftext|>".join(f"Document {i} says {i * i}. " for i in range(120)))
     return path
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saezoo.evals import Subject, evaluate
-from saezoo.evals.intervals import GROUPS, alive_again, bootstrap, jackknife
+from saezoo.evals.intervals import FEWEST, GROUPS, alive_again, bootstrap, jackknife
 from saezoo.evals.metrics import METRICS, PER_TOKEN
 from saezoo.lm import load_language_model
 from saezoo.results import Measured
@@ -55,13 +55,13 @@ def test_the_value_is_the_ratio_of_the_sums() -> None:
         assert measured.lo - 1e-12 <= measured.value <= measured.hi + 1e-12
 
 
-@pytest.mark.parametrize("scored", [1, 2])
-def test_one_document_has_no_interval(scored: int) -> None:
+@pytest.mark.parametrize("scored", [1, FEWEST - 1, FEWEST])
+def test_few_documents_have_no_interval(scored: int) -> None:
     """Blocks without a scored token do not count."""
-    sums = documents(5, seed=0)
-    keep_N = torch.arange(5) < scored
-    found = bootstrap({name: column * keep_N for name, column in sums.items()}, no_mean(5), seed=0)
-    assert (found["l0"].lo is None) == (found["l0"].hi is None) == (scored == 1)
+    sums = documents(20, seed=0)
+    keep_N = torch.arange(20) < scored
+    found = bootstrap({name: column * keep_N for name, column in sums.items()}, no_mean(20), seed=0)
+    assert (found["l0"].lo is None, found["l0"].hi is None) == (scored < FEWEST, scored < FEWEST)
     assert found["l0"].value > 0
 
 
