@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from saezoo.entries import Dataset, Entry, Model, Protocol
 from saezoo.errors import UsageError
 from saezoo.evals import Subject
 from saezoo.evals import evaluate as run_evals
+from saezoo.evals.intervals import FEWEST
 from saezoo.lm import LanguageModel, depth_of, load_language_model
 from saezoo.loading import load, load_entry, named_dtype
 from saezoo.registry import read_registry
@@ -92,6 +94,9 @@ def evaluate(
     total = len(rows) * context
     if total < tokens // context * context:
         options.note(f"{source.name} gave {total:,} of the {tokens:,} tokens asked for")
+    documents = len(np.unique(rows.documents_RT))
+    if documents < FEWEST:
+        options.note(f"no intervals: {total:,} tokens of {documents} documents, and they need {FEWEST}; more --tokens")
     return run_evals(
         saes,
         lm,

@@ -302,6 +302,13 @@ def test_eval_csv_on_stdout(command: list[object], sae_folder: Path) -> None:
     assert row["l0_published"] == ""
 
 
+def test_too_few_documents_are_said(command: list[object]) -> None:
+    result = saezoo(*command[:-1], 64, "--csv", "-")
+    assert re.search(r"^no intervals: 64 tokens of \d documents, and they need 10; more --tokens$", result.stderr, re.M)
+    (row,) = csv.DictReader(io.StringIO(result.stdout))
+    assert (row["ce_delta_lo"], row["ce_delta_hi"]) == ("", "")
+
+
 def test_eval_json_on_stdout(command: list[object]) -> None:
     (record,) = json.loads(saezoo(*command, "--json").stdout)
     assert record["tokens"] + record["rows"] <= 512
