@@ -123,8 +123,9 @@ def _locate(repo: str | None, revision: str | None, folder: str | None, name: st
     with _explained(repo, revision, name):
         if offline:
             return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
-        # One request that fails at once without a network; the download itself would retry for 23 s first.
-        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
+        if not isinstance(cached, str):
+            # One request that fails at once without a network; the download itself would retry for 23 s first.
+            get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
         return Path(hf_hub_download(repo, name, revision=revision))
 
 

@@ -139,7 +139,6 @@ def pack(documents: Iterable[list[int]], *, bos: int, context: int) -> Iterator[
             if row.full:
                 yield row.take()
                 row.add(np.array([bos]), index)
-    return
 
 
 def pack_feb2024(

@@ -297,6 +297,19 @@ def test_nothing_cached_and_the_hub_is_down(overlay: Path, tmp_path: Path, optio
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("offline", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_an_unpinned_model_in_the_cache_needs_no_hub(tmp_path: Path, offline: dict[str, str]) -> None:
+    write_gpt2(tmp_path / "files", n_layer=1, d=8, n_head=1, vocab=10, n_positions=4)
+    (tmp_path / "files" / "tokenizer.json").write_text("{}")
+    snapshot = place_in_hub_cache(tmp_path / "home" / "hub", "owner/gpt2", "c" * 40, files_in(tmp_path / "files"))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | offline
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    code = "from saezoo.hub import fetch_named_model as f; print(f('owner/gpt2'))"
+    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == str(snapshot), done.stderr
+
+
 def test_a_cache_that_cannot_be_written(server: HubServer, overlay: Path, tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file where the cache should be")
     assert error_of(saezoo(server.url, tmp_path, "get", "small", "1")).startswith("cannot write ")

@@ -335,6 +335,15 @@ def test_a_loss_that_is_not_finite(lm: LanguageModel, text: TextSource, tmp_path
     assert message.endswith(" tokens; lower the learning rate")
 
 
+def test_weights_that_are_not_finite_are_never_saved(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    """The first loss is still finite; the step after it is not, and then the run is asked to stop and save."""
+    with pytest.raises(
+        TrainingError, match=r"^layer 0: weights are not finite at \d+ tokens; lower the learning rate$"
+    ):
+        train(job(text, lr=1e39), lm, tmp_path, on_step=at(1, signal.SIGINT))
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 def test_epochs_are_told(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
     notes: list[str] = []
     train(job(text, tokens=2000), lm, tmp_path, note=notes.append)

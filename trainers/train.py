@@ -115,6 +115,7 @@ def train(
             if on_step is not None:
                 on_step(done, steps)
             if (done >= next_save or stop.requested) and done < job.tokens:
+                _refuse_not_finite(job, trainees, done)  # the last good checkpoint stays
                 state = [trainee.state() for trainee in trainees]
                 _write_checkpoint(checkpoint, job, done, feed.calls, generator, buffer, state)
                 next_save += job.tokens / _CHECKPOINTS
@@ -213,6 +214,14 @@ class _Log:
                     )
                 tail = [float(step.l0), float(step.explained_variance_uncentred), int(step.ghosts)]
                 csv.writer(file).writerow([done, name, *values, *tail])
+
+
+def _refuse_not_finite(job: Job, trainees: list[Trainee], done: int) -> None:
+    for entry, trainee in zip(job.entries, trainees, strict=True):
+        if not all(_finite(float(parameter.detach().sum())) for parameter in trainee.parameters):
+            raise TrainingError(
+                f"layer {entry.name}: weights are not finite at {done:,} tokens; lower the learning rate"
+            )
 
 
 def _finite(value: float) -> bool:
