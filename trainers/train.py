@@ -219,9 +219,7 @@ class _Log:
 def _refuse_not_finite(job: Job, trainees: list[Trainee], done: int) -> None:
     for entry, trainee in zip(job.entries, trainees, strict=True):
         if not all(_finite(float(parameter.detach().sum())) for parameter in trainee.parameters):
-            raise TrainingError(
-                f"layer {entry.name}: weights are not finite at {done:,} tokens; lower the learning rate"
-            )
+            raise TrainingError(f"layer {entry.name}: weights not finite at {done:,} tokens; lower the learning rate")
 
 
 def _finite(value: float) -> bool:
