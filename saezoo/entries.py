@@ -86,7 +86,7 @@ class Recipe:
     """Every hyperparameter of one training; units in the field docs. No run-time options (device, paths) in here."""
 
     l1_coefficient: float
-    """λ in MSE + λ·mean_b Σ_i |f_bi|, where MSE is the mean over batch and dimensions of e²/‖x_b‖."""
+    """λ in MSE + λ·mean_b Σ_i w_i f_bi; `loss` says what MSE and w_i are."""
     lr: float
     lr_warmup_steps: int
     """Linear from 0 over this many steps; 0 is a constant rate."""
@@ -110,14 +110,24 @@ class Recipe:
     skip_documents: int
     """Documents lost at the start of the data; the original's start-up check consumed two."""
     source: tuple[str, ...]
+    loss: Literal["feb2024", "standard"] = "feb2024"
+    """`feb2024`: MSE is the mean over batch and dimensions of e²/‖x_b‖, w_i is 1, decoder rows are kept at norm 1.
+    `standard`: MSE is the mean over the batch of Σ_d e², w_i is the norm of decoder row i, which is free."""
+    l1_warmup_steps: int = 0
+    """λ rises linearly from 0 over this many steps; 0 is a constant λ."""
+    encoder_init: Literal["kaiming", "decoder"] = "kaiming"
+    """How W_enc starts: uniform as PyTorch's Kaiming initialisation, or as the decoder's transpose."""
 
     def __post_init__(self) -> None:
         positive = ("l1_coefficient", "lr", "batch_size", "tokens", "store_rows", "dead_after_steps")
         for name in (*positive, "sampling_window_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, not {getattr(self, name)}")
-        if self.lr_warmup_steps < 0 or self.skip_documents < 0:
-            raise ValueError("`lr_warmup_steps` and `skip_documents` must be 0 or more")
+        for name in ("lr_warmup_steps", "l1_warmup_steps", "skip_documents"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be 0 or more, not {getattr(self, name)}")
+        if self.loss == "standard" and self.ghost != "off":
+            raise ValueError(f"`ghost` must be off with the loss `standard`, not {self.ghost}")
         if self.buffer_batches < 2 or self.buffer_batches % 2:
             raise ValueError(f"`buffer_batches` must be even and at least 2, not {self.buffer_batches}")
 

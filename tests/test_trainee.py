@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from saezoo.entries import Recipe
 from saezoo.registry import read_registry
-from saezoo.trainers.objective import Parameters
-from saezoo.trainers.trainee import StepLog, Trainee, initial_parameters
+from saezoo.trainers.trainee import Parameters, Product, State, StepLog, Trainee, initial_parameters
 
 Ghost = Literal["off", "bug", "fixed"]
 
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 GHOSTS: dict[str, Ghost] = {"off": "off", "buggy": "bug", "fixed": "fixed"}
+MOMENTS = ("exp_avg", "exp_avg_sq")
 SAVED = (1, 10, 30, 50, 100, 150, 200, 250, 300)
 
 
@@ -48,17 +48,20 @@ def recipe(ghost: Ghost = "off", **changes: Any) -> Recipe:
     return dataclasses.replace(base, ghost=ghost, **{**sizes, **changes})
 
 
-def fresh(golden: dict[str, Tensor], ghost: Ghost, dtype: torch.dtype) -> Trainee:
+def fresh(golden: dict[str, Tensor], ghost: Ghost, dtype: torch.dtype, product: Product = "dense") -> Trainee:
     start = (golden["in.b_dec_init" if name == "b_dec" else f"in.{name}"] for name in Parameters._fields)
-    return Trainee(Parameters(*(tensor.to(dtype, copy=True).requires_grad_() for tensor in start)), recipe(ghost))
+    parameters = Parameters(*(tensor.to(dtype) for tensor in start))
+    return Trainee(parameters, recipe(ghost), product=product, dense_above=1.0)
 
 
 def copied(parameters: Parameters) -> Parameters:
     return Parameters(*(parameter.detach().clone() for parameter in parameters))
 
 
-def repeat(golden: dict[str, Tensor], variant: str, precision: str, steps: int = 300) -> Run:
-    trainee = fresh(golden, GHOSTS[variant], DTYPES[precision])
+def repeat(
+    golden: dict[str, Tensor], variant: str, precision: str, product: Product = "dense", steps: int = 300
+) -> Run:
+    trainee = fresh(golden, GHOSTS[variant], DTYPES[precision], product)
     logs: list[StepLog] = []
     parameters: dict[int, Parameters] = {}
     since_fired: list[Tensor] = []
@@ -74,11 +77,15 @@ def repeat(golden: dict[str, Tensor], variant: str, precision: str, steps: int =
     return Run(logs, parameters, torch.stack(since_fired), windows, trainee)
 
 
-@pytest.fixture(scope="module", params=["off.f64", "off.f32", "buggy.f64", "buggy.f32"])
+@pytest.fixture(
+    scope="module",
+    params=[f"{run} {way}" for run in ("off.f64", "off.f32", "buggy.f64", "buggy.f32") for way in get_args(Product)],
+)
 def repeated(request: pytest.FixtureRequest, golden: dict[str, Tensor]) -> tuple[str, float, Run]:
     """Name of the recorded run, the tolerance that the golden data allow it, and our repetition."""
-    variant, precision = request.param.split(".")
-    return request.param, 1e-9 if precision == "f64" else 1e-4, repeat(golden, variant, precision)
+    name, product = request.param.split()
+    variant, precision = name.split(".")
+    return name, 1e-9 if precision == "f64" else 1e-4, repeat(golden, variant, precision, product)
 
 
 def worst_relative(found: Parameters, golden: dict[str, Tensor], prefix: str) -> float:
@@ -113,8 +120,8 @@ def test_l0_and_explained_variance_and_ghosts_of_every_step(
     explained = torch.tensor([float(log.explained_variance_uncentred) for log in run.logs], dtype=torch.float64)
     assert torch.equal(l0, golden[f"{name}.l0"])
     torch.testing.assert_close(explained, golden[f"{name}.logged"][:, 6], rtol=tolerance, atol=tolerance)
-    ghosts_after_22_steps = [int(log.ghosts) for log in run.logs[20:22]]
-    assert ghosts_after_22_steps == [0, 7]  # the window of 20 steps is first exceeded in step 22
+    dead_after_22_steps = [int(log.dead) for log in run.logs[20:22]]
+    assert dead_after_22_steps == [0, 7]  # the window of 20 steps is first exceeded in step 22
 
 
 def test_log_sparsity_of_every_window(golden: dict[str, Tensor], repeated: tuple[str, float, Run]) -> None:
@@ -123,9 +130,10 @@ def test_log_sparsity_of_every_window(golden: dict[str, Tensor], repeated: tuple
     torch.testing.assert_close(torch.stack(run.log_sparsity), golden[f"{name}.log_sparsity"], rtol=1e-6, atol=0)
 
 
-def test_fixed_ghosts_follow_until_rounding_takes_over(golden: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("product", get_args(Product))
+def test_fixed_ghosts_follow_until_rounding_takes_over(golden: dict[str, Tensor], product: Product) -> None:
     """The corrected ghost gradients amplify rounding errors: the golden README says how far two codes can agree."""
-    run = repeat(golden, "fixed", "f64", steps=50)
+    run = repeat(golden, "fixed", "f64", product, steps=50)
     for step, tolerance in ((1, 1e-12), (10, 1e-12), (30, 1e-10), (50, 1e-3)):
         assert worst_relative(run.parameters[step], golden, f"fixed.f64.step{step:03d}") < tolerance, step
 
@@ -134,15 +142,13 @@ def restored(golden: dict[str, Tensor], variant: str, precision: str, step: int)
     """As the float64 run was after `step`."""
     dtype, prefix = DTYPES[precision], f"{variant}.f64.step{step:03d}"
     trainee = fresh(golden, GHOSTS[variant], dtype)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for i, name in enumerate(Parameters._fields):
-        kinds = ("exp_avg", "exp_avg_sq")
-        moments[i] = {kind: golden[f"{prefix}.adam_{kind}.{name}"].to(dtype, copy=True) for kind in kinds}
-        moments[i]["step"] = torch.tensor(float(step))
-    state = trainee.state()
-    state["parameters"] = [golden[f"{prefix}.{name}"] for name in Parameters._fields]
-    state["adam"] = {**trainee.adam.state_dict(), "state": moments}
-    state |= {"steps": step, "since_fired": golden[f"{variant}.f64.steps_since_fired"][step - 1]}
+    tensors = trainee.state().tensors
+    for name in Parameters._fields:
+        kept = {name: f"{prefix}.{name}"} | {f"{name}.{kind}": f"{prefix}.adam_{kind}.{name}" for kind in MOMENTS}
+        for mine, theirs in kept.items():
+            tensors[mine] = golden[theirs].T if name == "W_enc" else golden[theirs]
+    tensors["since_fired"] = golden[f"{variant}.f64.steps_since_fired"][step - 1]
+    state = State(tensors, {**trainee.state().facts, "steps": step})
     trainee.restore(state)
     return trainee
 
@@ -173,24 +179,19 @@ def test_single_transitions(
 
 
 @pytest.mark.parametrize("ghost", ["off", "bug", "fixed"])
-def test_a_restored_trainee_goes_on_with_the_same_bits(golden: dict[str, Tensor], ghost: Ghost, tmp_path: Path) -> None:
+def test_a_restored_trainee_goes_on_with_the_same_bits(golden: dict[str, Tensor], ghost: Ghost) -> None:
     original = fresh(golden, ghost, torch.float32)
     for x_BD in golden["in.X"][:55]:
         original.step(x_BD)
-    torch.save(original.state(), tmp_path / "state.pt")
+    saved = original.state()
     other = fresh(golden, ghost, torch.float32)
-    other.restore(torch.load(tmp_path / "state.pt", weights_only=True))
+    other.restore(State({name: tensor.clone() for name, tensor in saved.tensors.items()}, saved.facts))
     for x_BD in golden["in.X"][55:110]:
         original.step(x_BD)
         other.step(x_BD)
-    for mine, theirs in zip(flat(original.state()), flat(other.state()), strict=True):
-        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
-
-
-def flat(state: dict[str, Any]) -> list[Any]:
-    moments = [tensor for of_one in state["adam"]["state"].values() for tensor in of_one.values()]
-    rest = ("steps", "since_fired", "window_fires", "window_tokens", "log_sparsity")
-    return [*state["parameters"], *moments, *(state[key] for key in rest)]
+    mine, theirs = original.state(), other.state()
+    assert mine.facts == theirs.facts
+    assert all(torch.equal(tensor, theirs.tensors[name]) for name, tensor in mine.tensors.items())
 
 
 def test_warm_up_reaches_the_optimiser(golden: dict[str, Tensor]) -> None:
@@ -208,8 +209,8 @@ def test_initial_parameters() -> None:
     parameters = initial_parameters(24, 1500, b_dec, torch.Generator().manual_seed(0))
     assert [tuple(p.shape) for p in parameters] == [(24, 1500), (1500,), (1500, 24), (24,)]
     bound = (6 / 1500) ** 0.5
-    assert float(parameters.W_enc.detach().abs().max()) == pytest.approx(bound, rel=1e-3)
-    assert float(parameters.W_enc.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert float(parameters.W_enc.abs().max()) == pytest.approx(bound, rel=1e-3)
+    assert float(parameters.W_enc.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
     torch.testing.assert_close(parameters.W_dec.detach().norm(dim=1), torch.ones(1500))
     assert torch.equal(parameters.b_dec, b_dec) and parameters.b_dec is not b_dec
     assert not parameters.b_enc.any()

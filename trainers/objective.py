@@ -1,7 +1,10 @@
-"""The loss of February 2024: reconstruction, L1, and ghost gradients in the form that ran and the corrected one.
+"""The losses, as formulas on the reconstruction; and what is done to the decoder and the rates around them.
 
-Source: https://github.com/jbloomAus/mats_sae_training at 98e4f1b (as run) and f554b16 (ghost gradients corrected);
-tests/golden holds that code's outputs. Shapes: B batch, D d_in, F d_sae, S features under ghost gradients.
+`feb2024`: https://github.com/jbloomAus/mats_sae_training at 98e4f1b (as run) and f554b16 (ghost gradients corrected);
+tests/golden holds that code's outputs. `standard`: today's convention, as in SAELens 6. Both loss functions want
+x_hat = b_dec + sum_i f_i W_dec_i; how f comes about and what follows for the weights is in `codes.py`.
+
+Shapes: B batch, D d_in, F d_sae, S features under ghost gradients.
 """
 
 from __future__ import annotations
@@ -11,14 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-
-class Parameters(NamedTuple):
-    """The leaf tensors that are trained."""
-
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
+Ghost = Literal["off", "bug", "fixed"]
 
 
 class Losses(NamedTuple):
@@ -30,59 +26,49 @@ class Losses(NamedTuple):
     ghost: Tensor
 
 
-class Outputs(NamedTuple):
-    """One forward pass."""
+def feb2024(x_BD: Tensor, x_hat_BD: Tensor, l1: Tensor, *, ghost: Ghost, ghost_BD: Tensor | None) -> Losses:
+    """The loss of the published SAEs.
 
-    losses: Losses
-    f_BF: Tensor
-    error_BD: Tensor
-
-
-def forward(
-    parameters: Parameters,
-    x_BD: Tensor,
-    *,
-    l1_coefficient: float,
-    ghost: Literal["off", "bug", "fixed"] = "off",
-    dead_F: Tensor | None = None,
-) -> Outputs:
-    """Loss and activations of one batch.
-
-    MSE = mean_{b,d} e_bd^2 / |x_b|, with e = x_hat - x and the norm of the *uncentred* x, not squared;
-    L1 = l1_coefficient * mean_b sum_i f_bi. `dead_F` marks the features that get ghost gradients.
+    mse = mean_{b,d} e_bd^2 / |x_b|, with e = x_hat - x and the norm of the *uncentred* x, not squared.
+    l1 = l1_coefficient * mean_b sum_i f_bi, as given. `ghost_BD`: sum over dead features of a_i W_dec_i, with
+    a = `ghost_activations`; None if no feature is dead.
     """
-    p = parameters
-    pre_BF = (x_BD - p.b_dec) @ p.W_enc + p.b_enc
-    f_BF = pre_BF.relu()
-    error_BD = f_BF @ p.W_dec + p.b_dec - x_BD
-    scaled_BD = error_BD.square() / x_BD.norm(dim=1, keepdim=True)
+    scaled_BD = (x_hat_BD - x_BD).square() / x_BD.norm(dim=1, keepdim=True)
     mse = scaled_BD.mean()
-    l1 = l1_coefficient * f_BF.sum(1).mean()
     extra = mse.new_zeros(())
-    if ghost != "off" and dead_F is not None and bool(dead_F.any()):
-        if ghost == "bug":
-            extra = _ghost_as_run(-error_BD, f_BF[:, dead_F], p.W_dec[dead_F], mse)
-        else:
-            extra = _ghost_fixed(-error_BD, pre_BF[:, dead_F], p.W_dec[dead_F], scaled_BD)
-    return Outputs(Losses(mse + l1 + extra, mse, l1, extra), f_BF.detach(), error_BD.detach())
+    if ghost_BD is not None:
+        term = _ghost_as_run if ghost == "bug" else _ghost_fixed
+        extra = term(x_BD - x_hat_BD, ghost_BD, scaled_BD)
+    return Losses(mse + l1 + extra, mse, l1, extra)
 
 
-def _ghost_as_run(residual_BD: Tensor, f_BS: Tensor, W_dec_SD: Tensor, mse: Tensor) -> Tensor:
-    """Ghost gradients of 98e4f1b. exp(ReLU(pre)) is 1 for a dead feature, with no gradient to its encoder; and the
-    residual is not detached, so live features get a gradient that was not meant for them."""
-    ghost_BD = f_BS.exp() @ W_dec_SD
+def standard(x_BD: Tensor, x_hat_BD: Tensor, l1: Tensor) -> Losses:
+    """Today's loss: mse = mean_b sum_d e_bd^2; l1 = l1_coefficient * mean_b sum_i f_bi |W_dec_i|, as given."""
+    mse = (x_hat_BD - x_BD).square().sum(1).mean()
+    return Losses(mse + l1, mse, l1, mse.new_zeros(()))
+
+
+def ghost_activations(pre_BS: Tensor, ghost: Ghost) -> Tensor:
+    """Activations of dead features in the ghost term.
+
+    98e4f1b took exp(ReLU(pre)): 1 for a feature that does not fire, with no gradient to its encoder. f554b16: exp(pre).
+    """
+    return (pre_BS.relu() if ghost == "bug" else pre_BS).exp()
+
+
+def _ghost_as_run(residual_BD: Tensor, ghost_BD: Tensor, scaled_BD: Tensor) -> Tensor:
+    """98e4f1b. The residual is not detached, so live features get a gradient that was not meant for them."""
     scale_B1 = (residual_BD.norm(dim=1, keepdim=True) / (2 * ghost_BD.norm(dim=1, keepdim=True))).detach()
     loss_BD = (ghost_BD * scale_B1 - residual_BD).square() / residual_BD.norm(dim=1, keepdim=True)
     loss: Tensor = loss_BD.mean()
-    factor: Tensor = (mse / loss).detach()
+    factor: Tensor = (scaled_BD.mean() / loss).detach()
     return factor * loss
 
 
-def _ghost_fixed(residual_BD: Tensor, pre_BS: Tensor, W_dec_SD: Tensor, scaled_BD: Tensor) -> Tensor:
-    """Ghost gradients of f554b16: exp(pre), residual detached, rescaled element by element."""
+def _ghost_fixed(residual_BD: Tensor, ghost_BD: Tensor, scaled_BD: Tensor) -> Tensor:
+    """f554b16: residual detached, rescaled element by element."""
     residual_BD = residual_BD.detach()
     norm_B1 = residual_BD.norm(dim=1, keepdim=True)
-    ghost_BD = pre_BS.exp() @ W_dec_SD
     scale_B1 = (norm_B1 / (1e-6 + 2 * ghost_BD.norm(dim=1, keepdim=True))).detach()
     loss_BD = (ghost_BD * scale_B1 - residual_BD).square() / norm_B1
     factor_BD = (scaled_BD / (loss_BD + 1e-6)).detach()
@@ -98,9 +84,9 @@ def normalise_decoder(W_dec_FD: Tensor) -> None:
 @torch.no_grad()
 def remove_parallel(grad_FD: Tensor, W_dec_FD: Tensor) -> None:
     """Take off, in place, each row's gradient component along that row: the part that would only change its norm."""
-    grad_FD -= (grad_FD * W_dec_FD).sum(1, keepdim=True) * W_dec_FD
+    grad_FD.addcmul_(torch.linalg.vecdot(grad_FD, W_dec_FD)[:, None], W_dec_FD, value=-1)
 
 
-def learning_rate(step: int, *, lr: float, warmup_steps: int) -> float:
-    """Rate of the 0-based `step`: linear up to `lr` over `warmup_steps`, constant after."""
-    return lr if warmup_steps == 0 else lr * min(1.0, (step + 1) / warmup_steps)
+def ramp(step: int, steps: int) -> float:
+    """Factor of the 0-based `step` in a linear warm-up over `steps`; 1 after, and always if `steps` is 0."""
+    return 1.0 if steps == 0 else min(1.0, (step + 1) / steps)
