@@ -5,8 +5,8 @@ Shapes: N activations, L layers (all from one forward pass), D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +18,14 @@ from saezoo.tokens import Rows
 def activations(lm: LanguageModel, rows: Iterator[Rows], depths: Sequence[int], *, centre: bool) -> Iterator[Tensor]:
     """For each block of rows, the residual at each of `depths`: [N, L, D] float32, one forward pass for all."""
     for block in rows:
-        tokens_BT = torch.from_numpy(block.tokens_RT).to(lm.device)
-        found = lm.residuals(tokens_BT, depths)
-        x_NLD = torch.stack([found[depth].flatten(0, 1) for depth in depths], dim=1).float()
-        yield x_NLD - x_NLD.mean(-1, keepdim=True) if centre else x_NLD
+        yield residuals(lm, torch.from_numpy(block.tokens_RT).to(lm.device), depths, centre=centre)
+
+
+def residuals(lm: LanguageModel, tokens_BT: Tensor, depths: Sequence[int], *, centre: bool) -> Tensor:
+    """The residual of all tokens at each of `depths`: [N, L, D] float32, minus its mean over D if `centre`."""
+    found = lm.residuals(tokens_BT, depths)
+    x_NLD = torch.stack([found[depth].flatten(0, 1) for depth in depths], dim=1).float()
+    return x_NLD - x_NLD.mean(-1, keepdim=True) if centre else x_NLD
 
 
 class ActivationBuffer:
@@ -42,16 +46,20 @@ class ActivationBuffer:
         permute: Callable[[int], Tensor],
     ) -> None:
         """`source` gives blocks [n, L, D]; `half` is the number of blocks in half a buffer; `permute(n)` a random
-        permutation of n. The storage is filled and mixed here: `storage` is then what b_dec is initialised from."""
+        permutation of n. Then `fill` it, or `restore` a state."""
         self._source = source
         self._half = half
         self._batch_size = batch_size
         self._mode = mode
         self._permute = permute
         self.refills = 0
-        self.storage = self._new()
         self._pending: list[Tensor] = []
+
+    def fill(self) -> ActivationBuffer:
+        """Fill and mix the storage, which is then what b_dec is initialised from, and mix the first batches."""
+        self.storage = self._new()
         self._refill()
+        return self
 
     def __iter__(self) -> ActivationBuffer:
         return self
@@ -76,13 +84,12 @@ class ActivationBuffer:
         self._pending = list(torch.split(served, self._batch_size))
         self.refills += 1
 
-    def state(self) -> dict[str, Any]:
-        """What the next batch depends on, besides `source` and `permute`."""
-        return {"storage": self.storage, "pending": list(self._pending), "refills": self.refills}
+    def state(self) -> dict[str, Tensor]:
+        """What the next batch depends on, besides `source` and `permute`: `storage` and the batches still to serve."""
+        served = torch.cat(self._pending) if self._pending else self.storage[:0]
+        return {"storage": self.storage, "served": served}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         """Go on from a `state`; the caller winds `source` and `permute` to the same point."""
-        device = self.storage.device
-        self.storage = state["storage"].to(device)
-        self._pending = [batch.to(device) for batch in state["pending"]]
-        self.refills = state["refills"]
+        self.storage, served = state["storage"].to(device), state["served"].to(device)
+        self._pending = list(torch.split(served, self._batch_size)) if len(served) else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -21,8 +21,9 @@ from saezoo.registry import read_registry
 from saezoo.results import Result
 from saezoo.sae import SAE, SAEConfig
 from saezoo.tokens import TextSource
-from saezoo.trainers.train import Job, train
-from saezoo.trainers.trainee import StepLog, Trainee
+from saezoo.trainers import checkpoint
+from saezoo.trainers.train import Hooks, Job, Progress, train
+from saezoo.trainers.trainee import Trainee
 from saezoo.weights import NAMES
 from saezoo.workflows import EVAL_TOKENS, Options, check_device, fetch_model, packed, text_source
 
@@ -48,7 +49,7 @@ def reproduce(
     recipe: str | None = None,
     resume: bool = False,
     eval_tokens: int = EVAL_TOKENS,
-    on_step: Callable[[int, int, Sequence[str], list[StepLog]], None] | None = None,
+    on_step: Callable[[Progress], None] = lambda progress: None,
     on_eval: Callable[[int, int], None] | None = None,
     options: Options | None = None,
 ) -> list[Result]:
@@ -64,7 +65,7 @@ def reproduce(
         recipe: the entry's own by default.
         resume: go on from the checkpoint in `out`.
         eval_tokens: tokens of the final evaluation.
-        on_step: called after each step with (tokens done, tokens in all, layer names, one log per SAE).
+        on_step: called after each step.
         on_eval: progress of the final evaluation.
         options: text, device, seed and so on.
 
@@ -84,17 +85,9 @@ def reproduce(
     _check_run(out, total, resume)
     job = Job(tuple(entries), chosen, source, total, options.seed)
     lm = load_language_model(fetch_model(first.model, options), device=options.device)
-    names = [entry.name for entry in entries]
-    trainees = train(
-        job,
-        lm,
-        out,
-        resume=resume,
-        on_step=None if on_step is None else lambda done, logs: on_step(done, total, names, logs),
-        note=options.note,
-    )
+    trainees = train(job, lm, out, resume=resume, hooks=Hooks(on_step, note=options.note))
     saes = [_finished(entry, trainee, out) for entry, trainee in zip(entries, trainees, strict=True)]
-    (out / "checkpoint.pt").unlink(missing_ok=True)
+    checkpoint.remove(out)
     results = _measure(saes, entries, lm, eval_tokens, on_eval, options)
     _describe(job, recipe or first.recipe_name, out, results)
     return results
@@ -157,7 +150,7 @@ def _measure(
 
 def _describe(job: Job, recipe_name: str, out: Path, results: list[Result]) -> None:
     """run.json, eval.csv and the registry overlay."""
-    run = {"recipe": recipe_name, "versions": results[0].versions, **job.identity()}
+    run = {"recipe": recipe_name, "versions": results[0].versions, **job.facts()}
     forms.write_text(out / "run.json", json.dumps(run, indent=2) + "\n")
     forms.write_text(out / "eval.csv", forms.to_csv(results))
     forms.write_text(out / "registry.yaml", overlay(job, recipe_name, results))

@@ -237,7 +237,7 @@ def _batches(lm: LanguageModel, sae: SAE, source: TextSource, batch_size: int, s
         batch_size=batch_size,
         mode="fixed",
         permute=lambda n: torch.randperm(n, generator=generator).to(lm.device),
-    )
+    ).fill()
     for x_n1D in buffer:
         if len(x_n1D) == batch_size:
             yield x_n1D[:, 0].to(sae.W_enc.dtype)

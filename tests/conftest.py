@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ BOS = "<|endoftext|>"
 
 # Tiny matrices: on a busy machine several threads mostly wait for each other, twenty times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["SAEZOO_CACHE"] = tempfile.mkdtemp(prefix="saezoo-tests-")  # never the user's
 
 
 @pytest.fixture(scope="session")

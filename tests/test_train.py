@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import csv
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,14 @@ from torch import Tensor
 import saezoo
 from saezoo.activations import ActivationBuffer, activations
 from saezoo.entries import Entry
-from saezoo.errors import SaezooError, TrainingError
+from saezoo.errors import SaezooError, TrainingError, UsageError
 from saezoo.geometric_median import geometric_median
 from saezoo.lm import LanguageModel, load_language_model
 from saezoo.registry import read_registry
 from saezoo.tokens import TextSource, encode, pack_feb2024, text_file
-from saezoo.trainers.train import Job, train
-from saezoo.trainers.trainee import StepLog, Trainee
+from saezoo.trainers import checkpoint
+from saezoo.trainers.train import Hooks, Job, Progress, train
+from saezoo.trainers.trainee import Trainee
 
 CALL = 4 * 16  # activations in one store call: rows x context
 RECIPE: dict[str, Any] = {
@@ -74,10 +77,7 @@ Bits = list[Tensor]
 
 def bits(trainee: Trainee) -> Bits:
     """Everything that an SAE in training has come to."""
-    state = trainee.state()
-    moments = [tensor for of_one in state["adam"]["state"].values() for tensor in of_one.values()]
-    counters = [state[key] for key in ("since_fired", "window_fires", "log_sparsity")]
-    return [tensor.clone() for tensor in (*state["parameters"], *moments, *counters)]
+    return [tensor.clone() for tensor in trainee.state().tensors.values()]
 
 
 def equal(mine: Bits, theirs: Bits) -> bool:
@@ -107,7 +107,7 @@ def test_another_seed_gives_others(
     lm: LanguageModel, text: TextSource, uninterrupted: list[Bits], tmp_path: Path
 ) -> None:
     for trainee, first in zip(train(job(text, seed=8), lm, tmp_path), uninterrupted, strict=True):
-        assert not torch.equal(trainee.parameters.W_enc, first[0])
+        assert not torch.equal(trainee.W_enc_FD, first[0])
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -120,22 +120,19 @@ def test_a_layer_trains_alone_as_it_does_beside_others(
 
 def test_training_lowers_the_loss(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
     losses: list[float] = []
-    train(job(text, (1,), tokens=6000), lm, tmp_path, on_step=lambda done, steps: losses.append(loss_of(steps)))
+    hooks = Hooks(on_step=lambda progress: losses.append(float(progress.logs[0].losses.total)))
+    train(job(text, (1,), tokens=6000), lm, tmp_path, hooks=hooks)
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
-
-
-def loss_of(steps: list[StepLog]) -> float:
-    return float(steps[0].losses.mse + steps[0].losses.l1)
 
 
 def test_on_step_counts_tokens(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
     seen: list[int] = []
-    train(job(text, tokens=300), lm, tmp_path, on_step=lambda done, steps: seen.append(done))
+    train(job(text, tokens=300), lm, tmp_path, hooks=Hooks(on_step=lambda progress: seen.append(progress.done)))
     assert seen == [24, 48, 72, 96, 120, 128, 152, 176, 200, 224, 248, 256, 280, 304]  # half a buffer is 128
 
 
 def test_b_dec_starts_at_the_geometric_median(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
-    plan = job(text, (1,), tokens=1, lr=1e-30)
+    plan = job(text, (1,), tokens=256, lr=1e-30)
     (trainee,) = train(plan, lm, tmp_path)
     ids = encode(lm.tokenizer, text.documents())
     rows = pack_feb2024(ids, bos=lm.bos, context=16, rows_per_call=4, skip=1)
@@ -143,7 +140,7 @@ def test_b_dec_starts_at_the_geometric_median(lm: LanguageModel, text: TextSourc
     source = activations(lm, rows, [1], centre=True)
     buffer = ActivationBuffer(
         source, half=2, batch_size=24, mode="bug", permute=lambda n: torch.randperm(n, generator=generator)
-    )
+    ).fill()
     assert torch.equal(trainee.parameters.b_dec, geometric_median(buffer.storage[:, 0].contiguous()))
 
 
@@ -156,17 +153,25 @@ def test_the_log(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
     for row in found:
         parts = sum(float(row[name]) for name in ("mse", "l1", "ghost"))
         assert float(row["loss"]) == pytest.approx(parts, rel=1e-5)
-        assert 0 <= float(row["l0"]) <= 48 and 0 <= int(row["ghosts"]) <= 48
+        assert 0 <= float(row["l0"]) <= 48 and 0 <= int(row["dead"]) <= 48
 
 
-def at(tokens: int, number: int) -> Callable[[int, list[StepLog]], None]:
-    """An `on_step` that sends this process a signal once `tokens` are done."""
+def at(tokens: int, number: int) -> Hooks:
+    """Send this process a signal once `tokens` are done."""
 
-    def on_step(done: int, steps: list[StepLog]) -> None:
-        if done == tokens:
+    def on_step(progress: Progress) -> None:
+        if progress.done == tokens:
             signal.raise_signal(number)
 
-    return on_step
+    return Hooks(on_step)
+
+
+def lines(path: Path) -> list[list[str]]:
+    """log.csv without the columns that tell time."""
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    timing = {rows[0].index(name) for name in ("seconds", "tokens_per_second")}
+    return [[cell for i, cell in enumerate(row) if i not in timing] for row in rows]
 
 
 @pytest.mark.parametrize("changes", [{}, {"buffer": "fixed", "ghost": "fixed", "lr_warmup_steps": 30}])
@@ -177,10 +182,10 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(
     plan = job(text, **changes)
     wanted = [bits(trainee) for trainee in train(plan, lm, tmp_path / "whole")]
     with pytest.raises(TrainingError, match=f"stopped at {tokens} of 900 tokens; the same command with --resume"):
-        train(plan, lm, tmp_path / "parts", on_step=at(tokens, signal.SIGTERM))
+        train(plan, lm, tmp_path / "parts", hooks=at(tokens, signal.SIGTERM))
     notes: list[str] = []
     for trainee, bits_of_one in zip(
-        train(plan, lm, tmp_path / "parts", resume=True, note=notes.append), wanted, strict=True
+        train(plan, lm, tmp_path / "parts", resume=True, hooks=Hooks(note=notes.append)), wanted, strict=True
     ):
         assert equal(bits(trainee), bits_of_one)
     assert f"resumed at {tokens} of 900 tokens" in notes
@@ -190,48 +195,88 @@ def test_an_interrupted_run_leaves_the_same_log(lm: LanguageModel, text: TextSou
     train(job(text), lm, tmp_path / "whole")
     for tokens in (560, 688):
         with pytest.raises(TrainingError):
-            train(job(text), lm, tmp_path / "parts", resume=tokens > 560, on_step=at(tokens, signal.SIGINT))
+            train(job(text), lm, tmp_path / "parts", resume=tokens > 560, hooks=at(tokens, signal.SIGINT))
     train(job(text), lm, tmp_path / "parts", resume=True)
-    assert (tmp_path / "parts" / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+    assert lines(tmp_path / "parts" / "log.csv") == lines(tmp_path / "whole" / "log.csv")
 
 
 def test_the_second_ctrl_c_interrupts_at_once(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
-    def on_step(done: int, steps: list[StepLog]) -> None:
+    def on_step(progress: Progress) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            train(job(text), lm, tmp_path, on_step=on_step)
+            train(job(text), lm, tmp_path, hooks=Hooks(on_step))
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def test_signal_handlers_are_put_back(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    train(job(text, tokens=30), lm, tmp_path)
+    train(job(text, tokens=256), lm, tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def often() -> checkpoint.Schedule:
+    """Checkpoints one after the other."""
+    return checkpoint.Schedule(share=1e9, shortest=0.0)
+
+
 def child(folder: Path, model: Path, text: Path, how: str) -> None:
-    """Train until killed: by a signal after 560 tokens, or at once when the third checkpoint is about to appear."""
+    """Train until stopped by a signal after 560 tokens, or killed at once when the third checkpoint is to appear."""
     checkpoints = 0
 
     def kill_before_rename(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal checkpoints
-        if event == "os.rename" and str(arguments[1]).endswith("checkpoint.pt"):
+        if event == "os.rename" and "checkpoint-" in str(arguments[1]):
             checkpoints += 1
             if checkpoints == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     if how == "SIGKILL":
         sys.addaudithook(kill_before_rename)
-    on_step = None if how == "SIGKILL" else at(560, signal.Signals[how])
+    hooks = Hooks() if how == "SIGKILL" else at(560, signal.Signals[how])
     try:
-        train(job(text_file(text)), load_language_model(model), folder, on_step=on_step)
+        train(job(text_file(text)), load_language_model(model), folder, schedule=often(), hooks=hooks)
     except SaezooError as error:
         sys.exit(str(error))
+
+
+def killer(folder: Path, model: Path, text: Path) -> None:
+    """Fork a training, kill it at a random moment, go on from its checkpoint; 25 kills at least, then let it finish.
+
+    Prints how many kills there were, and during how many a checkpoint was half written.
+    """
+    lm, plan = load_language_model(model), job(text_file(text), tokens=12_000)
+    list(encode(lm.tokenizer, ["warm"]))
+    random_moment = random.Random(0)
+    kills = torn = 0
+    while True:
+        process = os.fork()
+        if process == 0:
+            resume = any(folder.glob("checkpoint-*"))
+            slowly = Hooks(on_step=lambda progress: time.sleep(0.002))
+            trainees = train(plan, lm, folder, resume=resume, schedule=often(), hooks=slowly)
+            torch.save([bits(trainee) for trainee in trainees], folder / "final.pt")
+            os._exit(0)
+        if kills < 25:
+            time.sleep(random_moment.uniform(0.02, 0.25))
+            os.kill(process, signal.SIGKILL)
+        status = os.waitpid(process, 0)[1]
+        if status == signal.SIGKILL:
+            kills += 1
+            torn += any(folder.glob(".checkpoint-*"))
+        else:
+            print(status, kills, torn)
+            return
+
+
+def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(saezoo.__file__).parents[1])}
+    command = [sys.executable, __file__, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.parametrize("how, code", [("SIGINT", 1), ("SIGTERM", 1), ("SIGKILL", -signal.SIGKILL)])
@@ -246,33 +291,45 @@ def test_a_killed_process_can_be_resumed(
     code: int,
 ) -> None:
     assert text.path is not None
-    command = [sys.executable, __file__, str(tmp_path), str(tiny_model_folder), str(text.path), how]
-    environment = {**os.environ, "PYTHONPATH": str(Path(saezoo.__file__).parents[1])}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    process = run_script(tmp_path, tiny_model_folder, text.path, how)
     assert process.returncode == code, process.stderr
     assert (how == "SIGKILL") != ("stopped at 560 of 900 tokens" in process.stderr)
     for trainee, wanted in zip(train(job(text), lm, tmp_path, resume=True), uninterrupted, strict=True):
         assert equal(bits(trainee), wanted)
-    assert (tmp_path / "log.csv").read_text() == (whole_folder / "log.csv").read_text()
+    assert lines(tmp_path / "log.csv") == lines(whole_folder / "log.csv")
+
+
+def test_kills_at_random_moments_leave_the_same_bits(
+    lm: LanguageModel, text: TextSource, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    assert text.path is not None
+    process = run_script(tmp_path / "killed", tiny_model_folder, text.path, "random")
+    assert process.returncode == 0, process.stderr
+    status, kills, torn = map(int, process.stdout.split())
+    assert status == 0 and kills >= 20 and torn >= 1
+    wanted = train(job(text, tokens=12_000), lm, tmp_path / "whole")
+    for found, trainee in zip(torch.load(tmp_path / "killed" / "final.pt"), wanted, strict=True):
+        assert equal(found, bits(trainee))
+    assert lines(tmp_path / "killed" / "log.csv") == lines(tmp_path / "whole" / "log.csv")
 
 
 @pytest.fixture
 def stopped(lm: LanguageModel, text: TextSource, tmp_path: Path) -> Path:
     """The folder of a run that was interrupted after 128 tokens."""
     with pytest.raises(TrainingError, match="stopped at 128"):
-        train(job(text), lm, tmp_path, on_step=at(128, signal.SIGTERM))
+        train(job(text), lm, tmp_path, hooks=at(128, signal.SIGTERM))
     return tmp_path
 
 
 def refusal(plan: Job, lm: LanguageModel, folder: Path, *, resume: bool = True) -> str:
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises((TrainingError, UsageError)) as caught:
         train(plan, lm, folder, resume=resume)
     return str(caught.value)
 
 
 def test_nothing_to_resume(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
     message = refusal(job(text), lm, tmp_path)
-    assert message == f"nothing to resume: no {tmp_path / 'checkpoint.pt'}; leave --resume out to start"
+    assert message == f"nothing to resume: no checkpoint in {tmp_path}; leave --resume out to start"
 
 
 @pytest.mark.parametrize(
@@ -289,38 +346,64 @@ def test_resuming_another_run(
     lm: LanguageModel, text: TextSource, stopped: Path, changes: dict[str, Any], listed: str
 ) -> None:
     message = refusal(job(text, **changes), lm, stopped)
-    assert message.startswith(f"{stopped / 'checkpoint.pt'} belongs to another run (")
+    assert message.startswith(f"{only_checkpoint(stopped)} belongs to another run (")
     assert listed in message
     assert message.endswith("; use its settings, or another --out")
 
 
 def test_resuming_with_another_text(lm: LanguageModel, stopped: Path, tmp_path: Path) -> None:
     other = text_file(tmp_path / "other.txt")
-    assert "text: file:words.txt in the checkpoint, file:other.txt now" in refusal(job(other), lm, stopped)
+    (tmp_path / "other.txt").write_text("Another text. " * 50)
+    message = refusal(job(other), lm, stopped)
+    assert re.search(r"text: file:words.txt \(\w{16}\) in the checkpoint, file:other.txt \(\w{16}\) now", message)
+
+
+def test_resuming_with_the_same_text_changed(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    mine = text_file(tmp_path / text.name.removeprefix("file:"))
+    assert text.path is not None and mine.path is not None
+    mine.path.write_text(text.path.read_text())
+    with pytest.raises(TrainingError, match="stopped at 128"):
+        train(job(mine), lm, tmp_path / "run", hooks=at(128, signal.SIGTERM))
+    mine.path.write_text(text.path.read_text() + "more")
+    assert "belongs to another run (text: file:words.txt (" in refusal(job(mine), lm, tmp_path / "run")
+
+
+def only_checkpoint(folder: Path) -> Path:
+    (path,) = folder.glob("checkpoint-*")
+    return path
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
 def test_a_truncated_checkpoint(lm: LanguageModel, text: TextSource, stopped: Path, keep: float) -> None:
-    path = stopped / "checkpoint.pt"
+    path = only_checkpoint(stopped)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content))])
     message = refusal(job(text), lm, stopped)
-    assert message.startswith(f"{path} is damaged (")
-    assert message.endswith("); delete it and start again") and "\n" not in message
+    assert message.startswith(f"nothing to resume in {stopped}: {path.name} is damaged (")
+    assert message.endswith("; leave --resume out to start again") and "\n" not in message
 
 
-@pytest.mark.parametrize("content", [{"other": 1}, [1, 2], {"job": {}}])
-def test_a_file_that_is_no_checkpoint(lm: LanguageModel, text: TextSource, tmp_path: Path, content: object) -> None:
-    torch.save(content, tmp_path / "checkpoint.pt")
-    message = refusal(job(text), lm, tmp_path)
-    assert message.startswith(f"{tmp_path / 'checkpoint.pt'} ")
+def test_the_checkpoint_before_a_damaged_one(
+    lm: LanguageModel, text: TextSource, uninterrupted: list[Bits], tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError):
+        train(job(text), lm, tmp_path, schedule=often(), hooks=at(560, signal.SIGTERM))
+    *_, before, newest = sorted(tmp_path.glob("checkpoint-*"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    notes: list[str] = []
+    for trainee, wanted in zip(
+        train(job(text), lm, tmp_path, resume=True, hooks=Hooks(note=notes.append)), uninterrupted, strict=True
+    ):
+        assert equal(bits(trainee), wanted)
+    assert notes[0].startswith(f"{newest.name} is damaged (")
+    assert notes[0].endswith(f"using the one before it, {before.name}")
 
 
-def test_a_checkpoint_cannot_run_code(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
-    golden = Path(__file__).parent / "golden" / "malicious.pt"
-    (tmp_path / "checkpoint.pt").write_bytes(golden.read_bytes())
-    assert "is damaged" in refusal(job(text), lm, tmp_path)
-    assert not Path("PWNED").exists()
+def test_a_budget_below_one_buffer(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
+    message = refusal(job(text, tokens=255), lm, tmp_path, resume=False)
+    assert message == (
+        "255 tokens are fewer than the shuffle buffer's 256; give at least as many, or a recipe with a smaller buffer"
+    )
 
 
 def test_text_too_short(lm: LanguageModel, tmp_path: Path) -> None:
@@ -338,13 +421,13 @@ def test_a_loss_that_is_not_finite(lm: LanguageModel, text: TextSource, tmp_path
 def test_weights_that_are_not_finite_are_never_saved(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
     """The first loss is still finite; the step after it is not, and then the run is asked to stop and save."""
     with pytest.raises(TrainingError, match=r"^layer 0: weights not finite at 24 tokens; lower the learning rate$"):
-        train(job(text, lr=1e39), lm, tmp_path, on_step=at(24, signal.SIGINT))
-    assert not (tmp_path / "checkpoint.pt").exists()
+        train(job(text, lr=1e39), lm, tmp_path, hooks=at(24, signal.SIGINT))
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_epochs_are_told(lm: LanguageModel, text: TextSource, tmp_path: Path) -> None:
     notes: list[str] = []
-    train(job(text, tokens=2000), lm, tmp_path, note=notes.append)
+    train(job(text, tokens=2000), lm, tmp_path, hooks=Hooks(note=notes.append))
     ends = [note for note in notes if note.startswith("end of file:words.txt after ")]
     assert [note.split("; ")[1] for note in ends] == [f"epoch {i} begins" for i in range(2, len(ends) + 2)]
     assert len(ends) > 2
@@ -352,9 +435,12 @@ def test_epochs_are_told(lm: LanguageModel, text: TextSource, tmp_path: Path) ->
 
 @pytest.mark.parametrize("b_dec_init", ["mean", "zero"])
 def test_other_starts_of_b_dec(lm: LanguageModel, text: TextSource, tmp_path: Path, b_dec_init: str) -> None:
-    (trainee,) = train(job(text, (1,), tokens=1, lr=1e-30, b_dec_init=b_dec_init), lm, tmp_path)
+    (trainee,) = train(job(text, (1,), tokens=256, lr=1e-30, b_dec_init=b_dec_init), lm, tmp_path)
     assert (float(trainee.parameters.b_dec.detach().abs().max()) < 1e-20) == (b_dec_init == "zero")
 
 
 if __name__ == "__main__":
-    child(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    if sys.argv[4] == "random":
+        killer(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        child(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

@@ -206,17 +206,32 @@ def test_warm_up_reaches_the_optimiser(golden: dict[str, Tensor]) -> None:
 
 def test_initial_parameters() -> None:
     b_dec = torch.arange(24.0)
-    parameters = initial_parameters(24, 1500, b_dec, torch.Generator().manual_seed(0))
+    parameters = initial_parameters(1500, b_dec, torch.Generator().manual_seed(0))
     assert [tuple(p.shape) for p in parameters] == [(24, 1500), (1500,), (1500, 24), (24,)]
     bound = (6 / 1500) ** 0.5
     assert float(parameters.W_enc.abs().max()) == pytest.approx(bound, rel=1e-3)
     assert float(parameters.W_enc.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
-    torch.testing.assert_close(parameters.W_dec.detach().norm(dim=1), torch.ones(1500))
+    torch.testing.assert_close(parameters.W_dec.norm(dim=1), torch.ones(1500))
     assert torch.equal(parameters.b_dec, b_dec) and parameters.b_dec is not b_dec
     assert not parameters.b_enc.any()
 
 
+def test_the_encoder_can_start_as_the_decoder() -> None:
+    parameters = initial_parameters(32, torch.zeros(8), torch.Generator().manual_seed(0), "decoder")
+    assert torch.equal(parameters.W_enc, parameters.W_dec.T)
+
+
 def test_initial_parameters_depend_on_the_generator_alone() -> None:
-    starts = [initial_parameters(8, 32, torch.zeros(8), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    starts = [initial_parameters(32, torch.zeros(8), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(starts[0].W_enc, starts[1].W_enc) and torch.equal(starts[0].W_dec, starts[1].W_dec)
     assert not torch.equal(starts[0].W_enc, starts[2].W_enc)
+
+
+@pytest.mark.parametrize("encoder", ["kaiming", "decoder"])
+def test_a_share_of_the_features_starts_as_it_does_in_the_whole(encoder: Literal["kaiming", "decoder"]) -> None:
+    def start(features: slice) -> Parameters:
+        return initial_parameters(32, torch.zeros(8), torch.Generator().manual_seed(3), encoder, features)
+
+    whole, parts = start(slice(None)), [start(slice(0, 8)), start(slice(8, 32))]
+    assert torch.equal(torch.cat([part.W_enc for part in parts], dim=1), whole.W_enc)
+    assert torch.equal(torch.cat([part.W_dec for part in parts]), whole.W_dec)

@@ -1,14 +1,15 @@
-"""The training loop: several SAEs from one stream of activations, with checkpoints.
+"""The training loop: several SAEs from one stream of activations, with checkpoints, on one process or many.
 
-Read it top to bottom: `train` sets up, loops and saves; the loss is in `objective.py`, one step in `trainee.py`, the
-shuffle buffer in `saezoo/activations.py`, token packing in `saezoo/tokens.py`.
+Read it top to bottom: `train` sets up, loops and saves. One step is in `trainee.py`, the loss in `objective.py`, the
+products in `codes.py`, the stream in `feed.py`, the shuffle buffer in `saezoo/activations.py`.
 """
 
 from __future__ import annotations
 
-import csv
+import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,18 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saezoo import files
-from saezoo.activations import ActivationBuffer, activations
+from saezoo import shards
+from saezoo.activations import ActivationBuffer
 from saezoo.entries import Entry, Recipe
-from saezoo.errors import TrainingError
+from saezoo.errors import TrainingError, UsageError
 from saezoo.geometric_median import geometric_median
 from saezoo.lm import LanguageModel, depth_of
-from saezoo.tokens import Rows, TextSource, encode, pack_feb2024
-from saezoo.trainers.trainee import StepLog, Trainee, initial_parameters
-
-_LOG_COLUMNS = ("tokens", "layer", "loss", "mse", "l1", "ghost", "l0", "explained_variance_uncentred", "ghosts")
-_CHECKPOINTS = 10  # as many in a run, as the original had
-_LOGS = 500  # rows of log.csv per SAE and run
+from saezoo.shards import TokenCache
+from saezoo.tokens import TextSource
+from saezoo.trainers import checkpoint, gathering
+from saezoo.trainers.feed import Cursor, Feed, store_calls
+from saezoo.trainers.log import Log, Row
+from saezoo.trainers.ranks import Ranks
+from saezoo.trainers.trainee import Product, StepLog, Trainee, initial_parameters
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,19 @@ class Job:
     source: TextSource
     tokens: int
     seed: int
+    product: Product = "full"
 
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be resumed, as plain values."""
+    def check(self) -> None:
+        """Raise UsageError if the budget of tokens does not fill the shuffle buffer once."""
+        buffered = self.recipe.buffer_batches * self.recipe.store_rows * self.entries[0].context_size
+        if self.tokens < buffered:
+            raise UsageError(
+                f"{self.tokens:,} tokens are fewer than the shuffle buffer's {buffered:,}; give at least as many,"
+                " or a recipe with a smaller buffer"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """What makes one run another than the next, as plain values."""
         recipe = {key: value for key, value in asdict(self.recipe).items() if key not in ("source", "tokens")}
         first = self.entries[0]
         return {
@@ -56,7 +68,51 @@ class Job:
             "text": self.source.name,
             "tokens": self.tokens,
             "seed": self.seed,
+            "product": self.product,
         }
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run after one step; this rank's SAEs only."""
+
+    done: int
+    total: int
+    names: tuple[str, ...]
+    logs: list[StepLog]
+    """Tensors: reading them synchronises."""
+    trainees: list[Trainee]
+    seconds: float
+    """Since training began or was resumed, without the set-up."""
+    trained: int
+    """Tokens in that time."""
+    saved: checkpoint.Cost | None
+    """What the last checkpoint cost."""
+    saving: float
+    """Share of the time that went into checkpoints."""
+
+
+@dataclass
+class Hooks:
+    """Who wants to know; every one optional."""
+
+    on_step: Callable[[Progress], None] = lambda progress: None
+    on_row: Callable[[Row], None] = lambda row: None
+    """Gets every row of log.csv."""
+    note: Callable[[str], None] = lambda message: None
+    """Gets one-line remarks for the user."""
+
+
+@dataclass
+class _Run:
+    """Everything that changes while a run goes on."""
+
+    trainees: list[Trainee]
+    buffer: ActivationBuffer
+    generator: torch.Generator
+    cursor: Cursor
+    schedule: checkpoint.Schedule
+    done: int = 0
 
 
 def train(
@@ -65,165 +121,146 @@ def train(
     folder: Path,
     *,
     resume: bool = False,
-    on_step: Callable[[int, list[StepLog]], None] | None = None,
-    note: Callable[[str], None] = lambda message: None,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    schedule: checkpoint.Schedule | None = None,
+    hooks: Hooks | None = None,
 ) -> list[Trainee]:
-    """Train every entry of `job`; returns them in order.
+    """Train every entry of `job`; returns them in order, whole (on several ranks: on rank 0; others get []).
 
-    Writes `folder`/log.csv and `folder`/checkpoint.pt as it goes, the latter at every tenth of the run and on Ctrl-C
-    or SIGTERM. `on_step` gets the tokens done and one log per SAE (tensors: reading them synchronises). `note` gets
-    one-line remarks for the user.
-
-    Raises TrainingError: nothing to resume, another job's checkpoint, text shorter than half a buffer, a loss that is
-    not finite, or stopped by a signal (after a checkpoint).
+    Writes `folder`/log.csv and checkpoints as it goes, the latter by `schedule` (as often as costs at most 2 % of the
+    time) and on Ctrl-C or SIGTERM. Raises UsageError for a budget below one buffer; TrainingError: nothing to resume, another job's checkpoint,
+    text shorter than a store call, a loss that is not finite or has exploded, another rank that died, or stopped by a
+    signal (after a checkpoint).
     """
-    feed = _Feed(job, lm, note)
-    checkpoint = folder / "checkpoint.pt"
-    saved = _read_checkpoint(checkpoint, job) if resume else None
-    if saved is not None:
-        feed.skip(saved["calls"] - job.recipe.buffer_batches)  # the buffer's set-up draws that many again
+    hooks = hooks or Hooks()
+    job.check()
+    ranks.check(len(job.entries), job.entries[0].d_sae)
+    cache = TokenCache(job.source, lm.tokenizer, shards.cache_root(), hooks.note)
+    identity = job.facts() | {
+        "model_dtype": str(lm.dtype).removeprefix("torch."),
+        "text": f"{job.source.name} ({cache.folder.name})",
+    }
+    saved = checkpoint.load(folder, identity, hooks.note) if resume else None
+    if saved is None and ranks.rank == 0:
+        checkpoint.remove(folder)  # of a run given up
+    with gathering.watch(ranks):
+        run, feed = _set_up(job, lm, cache, saved, ranks, hooks)
+        run.schedule = schedule or checkpoint.Schedule()
+        log = Log(folder, job.tokens, [entry.name for entry in ranks.entries(job.entries)], run.done, ranks)
+        begin, first, cost = time.monotonic(), run.done, None
+        with _StopSignal() as stop:
+            while run.done < job.tokens:
+                x_nLD = next(run.buffer)
+                steps = [trainee.step(_layer(x_nLD, i)) for i, trainee in enumerate(run.trainees)]
+                feed.work_ahead()
+                run.done += len(x_nLD)
+                run.cursor = feed.cursor
+
+                for row in log.rows(run.done, steps):
+                    hooks.on_row(row)
+                seconds, trained = time.monotonic() - begin, run.done - first
+                names = tuple(entry.name for entry in ranks.entries(job.entries))
+                hooks.on_step(
+                    Progress(
+                        run.done, job.tokens, names, steps, run.trainees, seconds, trained, cost, run.schedule.share()
+                    )
+                )
+                stopping, due = ranks.any(stop.requested, ranks.rank == 0 and run.schedule.due())
+                if (stopping or due) and run.done < job.tokens:
+                    cost = _save(job, run, folder, identity, ranks) or cost
+                if stopping and run.done < job.tokens:
+                    raise TrainingError(
+                        f"stopped at {run.done:,} of {job.tokens:,} tokens; the same command with --resume goes on"
+                    )
+        _refuse_not_finite(job, run, ranks)
+        return gathering.whole_trainees(job.recipe, job.product, run.trainees, ranks)
+
+
+def _layer(x_nLD: Tensor, index: int) -> Tensor:
+    return x_nLD[:, index].float().contiguous()
+
+
+def _set_up(
+    job: Job, lm: LanguageModel, cache: TokenCache, saved: checkpoint.Checkpoint | None, ranks: Ranks, hooks: Hooks
+) -> tuple[_Run, Feed]:
+    """The run at its start, or as it was saved; and what feeds its buffer."""
+    recipe, first = job.recipe, job.entries[0]
+    cursor = Cursor(0, 0) if saved is None else Cursor(*saved.facts["cursor"])
+    feed = Feed(
+        lm,
+        store_calls(
+            cache,
+            job.source.name,
+            recipe,
+            bos=lm.bos,
+            context=first.context_size,
+            start=cursor,
+            note=hooks.note,
+        ),
+        [depth_of(entry.hook, lm.n_layers) for entry in job.entries],
+        centre=first.centre,
+        per_refill=recipe.buffer_batches // 2,
+        start=cursor,
+        ranks=ranks,
+    )
     generator = torch.Generator().manual_seed(job.seed)
-    size = job.recipe.buffer_batches * job.recipe.store_rows * job.entries[0].context_size
-    note(f"filling the shuffle buffer with {size:,} activations")
     buffer = ActivationBuffer(
         feed,
-        half=job.recipe.buffer_batches // 2,
-        batch_size=job.recipe.batch_size,
-        mode=job.recipe.buffer,
+        half=recipe.buffer_batches // 2,
+        batch_size=recipe.batch_size,
+        mode=recipe.buffer,
         permute=lambda n: torch.randperm(n, generator=generator).to(lm.device),
     )
-    trainees = [_new_trainee(job, i, buffer.storage[:, i]) for i in range(len(job.entries))]
-    done = 0
-    if saved is not None:
-        done = saved["done"]
-        buffer.restore(saved["buffer"])
-        generator.set_state(saved["generator"])
-        for trainee, state in zip(trainees, saved["trainees"], strict=True):
-            trainee.restore(state)
-        note(f"resumed at {done:,} of {job.tokens:,} tokens")
-
-    log = _Log(folder / "log.csv", job, keep_until=done)
-    for leftover in folder.glob(f".{checkpoint.name}.*"):  # of a run that was killed while saving
-        leftover.unlink()
-    next_save = done + job.tokens / _CHECKPOINTS
-    with _StopSignal() as stop:
-        while done < job.tokens:
-            x_nLD = next(buffer)
-            steps = [trainee.step(x_nLD[:, i].contiguous()) for i, trainee in enumerate(trainees)]
-            done += len(x_nLD)
-            log.add(done, steps)
-            if on_step is not None:
-                on_step(done, steps)
-            if (done >= next_save or stop.requested) and done < job.tokens:
-                _refuse_not_finite(job, trainees, done)  # the last good checkpoint stays
-                state = [trainee.state() for trainee in trainees]
-                _write_checkpoint(checkpoint, job, done, feed.calls, generator, buffer, state)
-                next_save += job.tokens / _CHECKPOINTS
-            if stop.requested and done < job.tokens:
-                raise TrainingError(
-                    f"stopped at {done:,} of {job.tokens:,} tokens; the same command with --resume goes on"
-                )
-    return trainees
-
-
-class _Feed:
-    """Iterator of activation blocks [n, L, D], over as many epochs of the text as it takes."""
-
-    def __init__(self, job: Job, lm: LanguageModel, note: Callable[[str], None]) -> None:
-        self._job, self._lm, self._note = job, lm, note
-        self.calls = 0
-        """Blocks taken from the text so far, over all epochs."""
-        depths = [depth_of(entry.hook, lm.n_layers) for entry in job.entries]
-        self._rows = self._epochs()
-        self._blocks = activations(lm, self._rows, depths, centre=job.entries[0].centre)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self
-
-    def __next__(self) -> Tensor:
-        return next(self._blocks)
-
-    def skip(self, calls: int) -> None:
-        """Pass over `calls` blocks of tokens without running the model."""
-        for _ in range(calls):
-            next(self._rows)
-
-    def _epochs(self) -> Iterator[Rows]:
-        job, first = self._job, self._job.entries[0]
-        epoch = 1
-        while True:
-            before = self.calls
-            documents = encode(self._lm.tokenizer, job.source.documents())
-            packed = pack_feb2024(
-                documents,
-                bos=self._lm.bos,
-                context=first.context_size,
-                rows_per_call=job.recipe.store_rows,
-                skip=job.recipe.skip_documents,
-            )
-            for rows in packed:
-                self.calls += 1
-                yield rows
-            if self.calls == before:
-                need = job.recipe.store_rows * first.context_size
-                raise TrainingError(
-                    f"{job.source.name} holds fewer than the {need:,} tokens of one store call; give more"
-                )
-            epoch += 1
-            self._note(f"end of {job.source.name} after {self.calls - before:,} calls; epoch {epoch} begins")
-
-
-def _new_trainee(job: Job, index: int, storage_ND: Tensor) -> Trainee:
-    """An untrained SAE; its random start depends on the seed and its layer, not on what trains beside it."""
-    entry, recipe = job.entries[index], job.recipe
-    if recipe.b_dec_init == "geometric_median":
-        b_dec = geometric_median(storage_ND.contiguous())
+    mine = ranks.entries(job.entries)
+    if saved is None:
+        size = recipe.buffer_batches * recipe.store_rows * first.context_size
+        hooks.note(f"filling the shuffle buffer with {size:,} activations")
+        buffer.fill()
+        starts = [_b_dec(recipe, _layer(buffer.storage, i)) for i in range(len(mine))]
     else:
-        b_dec = storage_ND.mean(0) if recipe.b_dec_init == "mean" else torch.zeros_like(storage_ND[0])
+        starts = [torch.zeros(first.d_in, device=lm.device) for _ in mine]
+    trainees = [_new_trainee(job, *pair, ranks, hooks) for pair in zip(mine, starts, strict=True)]
+    run = _Run(trainees, buffer, generator, feed.cursor, checkpoint.Schedule())
+    if saved is not None:
+        gathering.restore(saved, run.trainees, buffer, generator, lm.device, ranks)
+        run.done = saved.done
+        hooks.note(f"resumed at {run.done:,} of {job.tokens:,} tokens")
+    return run, feed
+
+
+def _b_dec(recipe: Recipe, storage_ND: Tensor) -> Tensor:
+    if recipe.b_dec_init == "geometric_median":
+        return geometric_median(storage_ND)
+    return storage_ND.mean(0) if recipe.b_dec_init == "mean" else torch.zeros_like(storage_ND[0])
+
+
+def _new_trainee(job: Job, entry: Entry, b_dec_D: Tensor, ranks: Ranks, hooks: Hooks) -> Trainee:
+    """An untrained SAE; its random start depends on the seed and its layer, not on what trains beside it."""
     generator = torch.Generator().manual_seed(job.seed * 1009 + entry.layer)
-    return Trainee(initial_parameters(entry.d_in, entry.d_sae, b_dec, generator), recipe)
+    features = ranks.features(entry.d_sae)
+    parameters = initial_parameters(entry.d_sae, b_dec_D, generator, job.recipe.encoder_init, features)
+    return Trainee(parameters, job.recipe, product=job.product, ranks=ranks, note=hooks.note)
 
 
-class _Log:
-    """log.csv: one row per SAE at about every 1/500 of the run."""
-
-    def __init__(self, path: Path, job: Job, *, keep_until: int) -> None:
-        self._path, self._names = path, [entry.name for entry in job.entries]
-        self._interval = job.tokens / _LOGS
-        self._tokens = job.tokens
-        self._last = keep_until
-        rows = []
-        if keep_until and path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= keep_until]
-        with files.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([_LOG_COLUMNS, *rows])
-
-    def add(self, done: int, steps: Sequence[StepLog]) -> None:
-        """Note the step that ended at `done` tokens, if one is due. Raises TrainingError if a loss is not finite."""
-        due = done // self._interval > self._last // self._interval or self._last == 0 or done >= self._tokens
-        self._last = done
-        if not due:
-            return
-        with self._path.open("a", newline="", encoding="utf-8") as file:
-            for name, step in zip(self._names, steps, strict=True):
-                values = [float(loss) for loss in step.losses]
-                if not all(map(_finite, values)):
-                    raise TrainingError(
-                        f"layer {name}: the loss is {values[0]} at {done:,} tokens; lower the learning rate"
-                    )
-                tail = [float(step.l0), float(step.explained_variance_uncentred), int(step.ghosts)]
-                csv.writer(file).writerow([done, name, *values, *tail])
+def _save(job: Job, run: _Run, folder: Path, identity: dict[str, Any], ranks: Ranks) -> checkpoint.Cost | None:
+    """A checkpoint, written by rank 0; its cost there."""
+    start = time.monotonic()
+    _refuse_not_finite(job, run, ranks)  # the last good checkpoint stays
+    tensors, facts = gathering.run_state(run.trainees, run.buffer, run.generator, ranks)
+    cost = None
+    if tensors is not None:
+        cost = checkpoint.save(folder, run.done, tensors, {**facts, "cursor": list(run.cursor)}, identity)
+    ranks.wait()
+    run.schedule.saved(time.monotonic() - start)
+    return cost
 
 
-def _refuse_not_finite(job: Job, trainees: list[Trainee], done: int) -> None:
-    for entry, trainee in zip(job.entries, trainees, strict=True):
-        if not all(_finite(float(parameter.detach().sum())) for parameter in trainee.parameters):
-            raise TrainingError(f"layer {entry.name}: weights not finite at {done:,} tokens; lower the learning rate")
-
-
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")
+def _refuse_not_finite(job: Job, run: _Run, ranks: Ranks) -> None:
+    for entry, trainee in zip(ranks.entries(job.entries), run.trainees, strict=True):
+        if not all(math.isfinite(float(parameter.sum())) for parameter in trainee.parameters):
+            raise TrainingError(
+                f"layer {entry.name}: weights not finite at {run.done:,} tokens; lower the learning rate"
+            )
 
 
 class _StopSignal:
@@ -250,38 +287,3 @@ class _StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-
-
-def _write_checkpoint(
-    path: Path,
-    job: Job,
-    done: int,
-    calls: int,
-    generator: torch.Generator,
-    buffer: ActivationBuffer,
-    trainees: list[dict[str, Any]],
-) -> None:
-    content = {"job": job.identity(), "done": done, "calls": calls, "generator": generator.get_state()}
-    content |= {"buffer": buffer.state(), "trainees": trainees}
-    with files.replacing(path) as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # torch reports a full disk this way
-            raise TrainingError(f"cannot write {path}: {str(error).splitlines()[0]}; is the disk full?") from None
-
-
-def _read_checkpoint(path: Path, job: Job) -> dict[str, Any]:
-    if not path.is_file():
-        raise TrainingError(f"nothing to resume: no {path}; leave --resume out to start")
-    try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = saved["job"]
-    except Exception as error:  # a damaged zip or pickle raises many kinds
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise TrainingError(f"{path} is damaged ({reason}); delete it and start again") from None
-    mine = job.identity()
-    differing = [key for key in mine if mine[key] != theirs.get(key)]
-    if differing:
-        listed = "; ".join(f"{key}: {theirs.get(key)} in the checkpoint, {mine[key]} now" for key in differing)
-        raise TrainingError(f"{path} belongs to another run ({listed}); use its settings, or another --out")
-    return saved

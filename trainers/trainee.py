@@ -6,7 +6,7 @@ Shapes: B batch, D d_in, F d_sae, S features under ghost gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from saezoo.trainers.objective import (
     remove_parallel,
     standard,
 )
+from saezoo.trainers.ranks import Ranks
 
 Product = Literal["dense", "full", "half"]
 """`dense`: every product in full. `full`, `half`: while few features fire only the encoder's, in full or in half
@@ -58,19 +59,29 @@ class StepLog(NamedTuple):
 
 
 def initial_parameters(
-    d_in: int, d_sae: int, b_dec: Tensor, generator: torch.Generator, encoder: Literal["kaiming", "decoder"] = "kaiming"
+    d_sae: int,
+    b_dec: Tensor,
+    generator: torch.Generator,
+    encoder: Literal["kaiming", "decoder"] = "kaiming",
+    features: slice = slice(None),
 ) -> Parameters:
     """W_dec rows of norm 1, directions Kaiming-uniform; b_enc zero; W_enc the decoder's transpose, or Kaiming-uniform
-    as PyTorch did it for this shape: within +-sqrt(6/F)."""
+    as PyTorch did it for this shape: within +-sqrt(6/F). Of these only `features`, but the same whatever they are."""
 
-    def uniform(rows: int, columns: int) -> Tensor:
+    def uniform(rows: int, columns: int) -> Iterator[Tensor]:
         bound = math.sqrt(6 / columns)  # kaiming_uniform_ takes the second dimension for the fan-in
-        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+        for _ in range(rows):
+            yield torch.empty(columns).uniform_(-bound, bound, generator=generator)
 
-    W_dec = uniform(d_sae, d_in)
+    d_in, kept = len(b_dec), range(d_sae)[features]
+    rows = (row for i, row in enumerate(uniform(d_sae, d_in)) if i in kept)
+    W_dec = torch.stack(list(rows))
     normalise_decoder(W_dec)
-    W_enc = W_dec.T.clone() if encoder == "decoder" else uniform(d_in, d_sae)
-    tensors = (W_enc, torch.zeros(d_sae), W_dec, b_dec.clone())
+    if encoder == "decoder":
+        W_enc = W_dec.T.clone()
+    else:
+        W_enc = torch.stack([row[features] for row in uniform(d_in, d_sae)])
+    tensors = (W_enc, torch.zeros(len(W_dec)), W_dec, b_dec.clone())
     return Parameters(*(t.to(b_dec.device, b_dec.dtype) for t in tensors))
 
 
@@ -89,7 +100,20 @@ class Pass(NamedTuple):
     gradients: Gradients
     b_dec_D: Tensor
     fires_F: Tensor
+    l0: Tensor
+    dead: Tensor
     error_BD: Tensor
+
+
+class _Output(NamedTuple):
+    """What all features give together; numbers are scalars."""
+
+    x_hat_BD: Tensor
+    """Without b_dec."""
+    ghost_BD: Tensor | None
+    l1: Tensor
+    l0: Tensor
+    dead: Tensor
 
 
 class Trainee:
@@ -102,9 +126,12 @@ class Trainee:
         *,
         product: Product = "full",
         dense_above: float = DENSE_ABOVE,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
         note: Callable[[str], None] = lambda message: None,
     ) -> None:
+        """`parameters`: all features, or those of this rank if the `ranks` share features."""
         self.recipe = recipe
+        self._ranks = ranks
         self._product = product
         self._dense_above = -1.0 if product == "dense" else dense_above
         self._note = note
@@ -163,7 +190,7 @@ class Trainee:
         self.adam.zero_grad()  # the memory is wanted elsewhere
         self.steps += 1
         unexplained = (done.error_BD.square().sum(1) / x_BD.square().sum(1)).mean()
-        return StepLog(done.losses, done.fires_F.sum() / len(x_BD), dead_F.sum(), 1 - unexplained)
+        return StepLog(done.losses, done.l0, done.dead, 1 - unexplained)
 
     def _within_memory(self, x_BD: Tensor, dead_F: Tensor) -> Pass:
         """`differentiate`, with blocks of half as many features each time that memory runs out."""
@@ -186,29 +213,42 @@ class Trainee:
         recipe, inputs_BD = self.recipe, x_BD - self.b_dec_D
         code = self._encode(inputs_BD)
         # L1 = sum_i l1_F sum_b f_bi, so l1_F is also its derivative by every f_bi > 0.
-        l1_F = torch.full_like(
-            self.b_enc_F, recipe.l1_coefficient * ramp(self.steps, recipe.l1_warmup_steps) / len(x_BD)
-        )
+        l1 = recipe.l1_coefficient * ramp(self.steps, recipe.l1_warmup_steps) / len(x_BD)
+        l1_F = torch.full_like(self.b_enc_F, l1)
         norm_F = self.W_dec_FD.norm(dim=1) if recipe.loss == "standard" else None
         if norm_F is not None:
             l1_F *= norm_F
-        ghosts = None
-        if recipe.ghost != "off" and bool(dead_F.any()):
-            ghosts = _Ghosts(self, inputs_BD, dead_F)
+        ghosts = _Ghosts(self, inputs_BD, dead_F) if recipe.ghost != "off" and bool(dead_F.any()) else None
 
-        x_hat_BD = code.decode(self.W_dec_FD) + self.b_dec_D
-        ghost_BD = None if ghosts is None else ghosts.decode()
-        losses, grad_BD, ghost_grad_BD = _at_the_output(recipe, x_BD, x_hat_BD, l1_F @ code.sums_F, ghost_BD)
+        out = self._add_up(code, l1_F, ghosts, dead_F)
+        x_hat_BD = out.x_hat_BD + self.b_dec_D
+        losses, grad_BD, ghost_grad_BD = _at_the_output(recipe, x_BD, x_hat_BD, out.l1, out.ghost_BD)
 
         gradients = code.gradients(grad_BD, self.W_dec_FD, l1_F)
         if norm_F is not None:
             gradients.W_dec_FD.addcmul_((l1_F * code.sums_F / norm_F.square())[:, None], self.W_dec_FD)
-        if ghosts is not None:
-            assert ghost_grad_BD is not None
+        if ghosts is not None and ghost_grad_BD is not None:
             ghosts.add_gradients(ghost_grad_BD, gradients)
         # b_dec enters twice: in x_hat, and subtracted from what every encoder row multiplies.
-        b_dec_D = grad_BD.sum(0) - gradients.b_enc_F @ self.W_enc_FD
-        return Pass(losses, gradients, b_dec_D, code.fires_F, x_hat_BD - x_BD)
+        b_dec_D = grad_BD.sum(0) - self._ranks.add_up(gradients.b_enc_F @ self.W_enc_FD)
+        return Pass(losses, gradients, b_dec_D, code.fires_F, out.l0, out.dead, x_hat_BD - x_BD)
+
+    def _add_up(self, code: Code, l1_F: Tensor, ghosts: _Ghosts | None, dead_F: Tensor) -> _Output:
+        """What all features give together; if ranks share them, added up in one all-reduce."""
+        x_hat_BD, l1 = code.decode(self.W_dec_FD), l1_F @ code.sums_F
+        ghost_BD = None if ghosts is None else ghosts.decode()
+        l0, dead = code.fires_F.sum() / len(x_hat_BD), dead_F.sum()
+        if not self._ranks.shares_features:
+            return _Output(x_hat_BD, ghost_BD, l1, l0, dead)
+        numbers_3 = torch.stack([l1, l0.to(l1), dead.to(l1)])
+        parts = [x_hat_BD.flatten(), numbers_3]
+        if self.recipe.ghost != "off" and self.steps > self.recipe.dead_after_steps:
+            parts.append((torch.zeros_like(x_hat_BD) if ghost_BD is None else ghost_BD).flatten())
+        sizes = [len(part) for part in parts]
+        summed, numbers_3, *rest = self._ranks.add_up(torch.cat(parts)).split(sizes)
+        # Where nobody has a dead feature there is no ghost term at all.
+        ghost_BD = rest[0].view_as(x_hat_BD) if rest and float(numbers_3[2]) > 0 else None
+        return _Output(summed.view_as(x_hat_BD), ghost_BD, *numbers_3)
 
     def _encode(self, inputs_BD: Tensor) -> Code:
         if self.density > self._dense_above:
