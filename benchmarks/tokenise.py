@@ -53,26 +53,25 @@ def timed(documents: Callable[[], Iterator[Any]]) -> tuple[float, int, int, int]
     return seconds, len(found), sum(map(len, found)), check
 
 
+def one_round(source: TextSource, load: Callable[[], Any]) -> dict[str, tuple[float, int, int, int]]:
+    """What `timed` says of each pass, in turn."""
+    ours, theirs = load(), load()
+    with tempfile.TemporaryDirectory() as root:
+        return {
+            "first": timed(lambda: TokenCache(source, ours, Path(root)).documents()),
+            "second": timed(lambda: TokenCache(source, ours, Path(root)).documents()),
+            "loop": timed(lambda: document_by_document(theirs, source)),
+        }
+
+
 def measure(source: TextSource, load: Callable[[], Any], rounds: int) -> tuple[dict[str, float], int, int]:
     """Median seconds of each pass; documents; tokens."""
-    seconds: dict[str, list[float]] = {name: [] for name in PASSES}
-    found = set()
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as root:
-            ours, theirs = load(), load()
-            walks: dict[str, Callable[[], Iterator[Any]]] = {
-                "first": lambda: TokenCache(source, ours, Path(root)).documents(),
-                "second": lambda: TokenCache(source, ours, Path(root)).documents(),
-                "loop": lambda: document_by_document(theirs, source),
-            }
-            for name in PASSES:
-                took, *rest = timed(walks[name])
-                seconds[name].append(took)
-                found.add(tuple(rest))
-    if len(found) != 1:
-        raise SystemExit(f"the passes disagree: {found}")
-    documents, tokens, _ = found.pop()
-    return {name: statistics.median(values) for name, values in seconds.items()}, documents, tokens
+    found = [one_round(source, load) for _ in range(rounds)]
+    contents = {measured[1:] for one in found for measured in one.values()}
+    if len(contents) != 1:
+        raise SystemExit(f"the passes disagree on documents, tokens or ids: {contents}")
+    documents, tokens, _ = contents.pop()
+    return {name: statistics.median(one[name][0] for one in found) for name in PASSES}, documents, tokens
 
 
 def record(path: Path, text: str, seconds: dict[str, float], documents: int, tokens: int, rounds: int) -> None:

@@ -3,7 +3,8 @@
     python benchmarks/train_step.py --peer-python PYTHON_WITH_SAELENS
 
 Same weights, same activations, L0 about 46, loss `standard` (which SAELens shares; it also clips the gradient's norm).
-Each way runs in a process of its own, one after the other; the figure is the median step. Appends to results/train_step.csv.
+Each way runs in a process of its own, one after the other; the figure is the median step. Appends to
+results/train_step.csv.
 Without --peer-python only saezoo is timed. --device cuda times the same on a GPU.
 """
 
@@ -54,9 +55,8 @@ def saezoo_step(way: str, loss: str, data: dict[str, Any], device: str) -> Any:
     from saezoo.registry import read_registry
     from saezoo.trainers.trainee import Parameters, Trainee
 
-    recipe = read_registry().recipe("feb2024")
-    changes: dict[str, Any] = {"loss": loss, "ghost": "off" if loss == "standard" else recipe.ghost, "lr": LR}
-    recipe = dataclasses.replace(recipe, **changes, **({"l1_coefficient": L1} if loss == "standard" else {}))
+    changes: dict[str, Any] = {"loss": "standard", "ghost": "off", "l1_coefficient": L1} if loss == "standard" else {}
+    recipe = dataclasses.replace(read_registry().recipe("feb2024"), lr=LR, **changes)
     tensors = {name: tensor.to(device) for name, tensor in data.items()}
     b_dec = torch.zeros(tensors["x"].shape[1], device=device)
     parameters = Parameters(tensors["W_enc"], tensors["b_enc"], tensors["W_dec"], b_dec)
@@ -71,9 +71,9 @@ def saezoo_step(way: str, loss: str, data: dict[str, Any], device: str) -> Any:
 
 def saelens_step(way: str, data: dict[str, Any], device: str) -> Any:
     """One step of SAELens' own SAETrainer."""
-    from sae_lens import LoggingConfig, StandardTrainingSAE, StandardTrainingSAEConfig  # type: ignore[import]
-    from sae_lens.config import SAETrainerConfig  # type: ignore[import]
-    from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[import]
+    from sae_lens import LoggingConfig, StandardTrainingSAE, StandardTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
 
     batch, d_in = data["x"].shape
     sae = StandardTrainingSAE(
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("WAY", "LOSS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps({**measure(*args.one, args), **versions()}))
+        print(json.dumps({**measure(args.one[0], args.one[1], args), **versions()}))
         return
     rows = [(way, "standard") for way in args.ways if way in PEER_WAYS and args.peer_python]
     rows += [(way, loss) for loss in ("standard", "feb2024") for way in args.ways if way in WAYS]
@@ -157,7 +157,9 @@ def main() -> None:
         found = in_fresh_process(python, way, loss, args)
         peer = found["s_per_step"] if way == "saelens" else peer
         ratio = None if peer is None else round(peer / found["s_per_step"], 2)
-        print(f"{loss:9} {way:17} {found['s_per_step']:8.4f} s, {ratio} x SAELens, L0 {found['l0']}, loss {found['loss']}")
+        print(
+            f"{loss:9} {way:17} {found['s_per_step']:8.4f} s, {ratio} x SAELens, L0 {found['l0']}, loss {found['loss']}"
+        )
         sizes = {"device": device_name(args.device), "batch": args.batch, "d_in": args.d_in, "d_sae": args.d_sae}
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
         append(args.csv, {"date": now, **sizes, "loss_version": loss, "way": way, "saelens_over_this": ratio, **found})

@@ -202,8 +202,32 @@ def eval_command(
 @click.option("--tokens", type=click.IntRange(min=1), help="Activations to train on.  [default: the recipe's]")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Run folder.  [default: runs/COLLECTION]")
 @click.option("--recipe", help="A recipe of the registry.  [default: the entry's]")
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in the run folder.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the run folder.")
+@click.option("--plan", "only_plan", is_flag=True, help="Measure this machine, print what the run needs, and stop.")
 @click.option("--eval-tokens", type=click.IntRange(min=1), help="Tokens of the final evaluation.")
+@click.option(
+    "--product",
+    type=click.Choice(["auto", "dense", "full", "half"]),
+    default="auto",
+    show_default=True,
+    help="The encoder's product: half precision nominates, full decides; dense takes every product.",
+)
+@click.option(
+    "--model-dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="The language model's; auto: bfloat16 on a GPU.",
+)
+@click.option(
+    "--share",
+    type=click.Choice(["entries", "features"]),
+    default="entries",
+    show_default=True,
+    help="Under torchrun: what the ranks divide.",
+)
+@click.option("--tensorboard", is_flag=True, help="Log to RUN FOLDER/tensorboard too.")
+@click.option("--wandb", metavar="PROJECT", help="Log to Weights & Biases too.")
 @_runtime_options
 @click.pass_obj
 def reproduce_command(
@@ -213,34 +237,41 @@ def reproduce_command(
     layers: str,
     tokens: int | None,
     out: Path | None,
-    eval_tokens: int | None,
     recipe: str | None,
     resume: bool,
-    **runtime: Any,
+    only_plan: bool,
+    eval_tokens: int | None,
+    **settings: Any,
 ) -> None:
     """Train SAEs again by their recipe.
 
     Without --text or --dataset: on what the entries were trained on. Ends with an evaluation beside the published one.
     """
-    from saezoo import reproduction, workflows
+    from saezoo import reproduction, watching, workflows
 
+    means = {key: settings.pop(key) for key in ("product", "model_dtype", "share", "tensorboard", "wandb")}
+    chosen: dict[str, Any] = {"tokens": tokens, "recipe": recipe, "means": reproduction.Means(**means)}
+    if only_plan:
+        options = workflows.Options(registry=registry, note=terminal.note, **settings)
+        terminal.print_table(watching.plan_table(*reproduction.plan(collection, layers, options=options, **chosen)))
+        return
     folder = out or Path("runs") / collection
-    with terminal.Progress("training") as on_train, terminal.Progress("evaluating") as on_eval:
+    with watching.Watch() as watch, terminal.Progress("evaluating") as on_eval:
         results = reproduction.reproduce(
             collection,
             layers,
             out=folder,
-            tokens=tokens,
-            recipe=recipe,
             resume=resume,
             eval_tokens=eval_tokens or workflows.EVAL_TOKENS,
-            on_step=terminal.TrainingLine(on_train),
+            on_step=watch,
             on_eval=on_eval,
-            options=workflows.Options(registry=registry, note=terminal.note, **runtime),
+            options=workflows.Options(registry=registry, note=watch.note, **settings),
+            **chosen,
         )
-    _deliver(results, None, None)
-    terminal.note(f"use them: saezoo --registry {folder / 'registry.yaml'} list")
-    click.echo(folder)
+    if results:  # only one of several ranks has them
+        _deliver(results, None, None)
+        terminal.note(f"report: {folder / 'report.md'}; use them: saezoo --registry {folder / 'registry.yaml'} list")
+        click.echo(folder)
 
 
 def _deliver(results: list[Result], csv_path: Path | None, json_path: str | None) -> None:

@@ -79,6 +79,8 @@ class Dataset:
     text_column: str
     licence: str | None
     source: tuple[str, ...]
+    heldout_files: str | None = None
+    """Glob of files that `data_files` leaves out; `reproduce` evaluates on them."""
 
 
 @dataclass(frozen=True)

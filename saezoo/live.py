@@ -226,10 +226,10 @@ def _pace(status: TrainingStatus) -> str:
     speed = f"{status.tokens_per_second:,.0f} tokens/s"
     if status.tokens_per_second <= 0:
         return speed
-    return f"{speed}, {_duration((status.total - status.done) / status.tokens_per_second)} left"
+    return f"{speed}, {duration((status.total - status.done) / status.tokens_per_second)} left"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """In the unit in which one plans."""
     minutes = round(seconds / 60)
     if seconds < 100:

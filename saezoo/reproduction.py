@@ -4,40 +4,62 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import yaml
+import torch
 
 from saezoo import files
 from saezoo import results as forms
 from saezoo import tokens as text
-from saezoo.entries import Entry
+from saezoo.entries import Entry, Recipe
 from saezoo.errors import UsageError
 from saezoo.evals import Subject
 from saezoo.evals import evaluate as run_evals
 from saezoo.lm import LanguageModel, load_language_model
+from saezoo.overlay import overlay
 from saezoo.registry import read_registry
+from saezoo.report import write_report
 from saezoo.results import Result
 from saezoo.sae import SAE, SAEConfig
+from saezoo.sinks import Sinks, open_sinks
 from saezoo.tokens import TextSource
 from saezoo.trainers import checkpoint
+from saezoo.trainers.log import Row
+from saezoo.trainers.plan import Plan, best_product, flops_per_token, make_plan, matrix_peak
+from saezoo.trainers.ranks import Ranks, Share, join, leave
 from saezoo.trainers.train import Hooks, Job, Progress, train
-from saezoo.trainers.trainee import Trainee
+from saezoo.trainers.trainee import Product, Trainee
 from saezoo.weights import NAMES
 from saezoo.workflows import EVAL_TOKENS, Options, check_device, fetch_model, packed, text_source
 
-_PUBLISHED = (
-    "ce_sae",
-    "ce_delta",
-    "ce_score",
-    "explained_variance",
-    "explained_variance_uncentred",
-    "l0",
-    "l1",
-    "alive_fraction",
-)
-"""What the overlay of a run gives as published."""
+
+@dataclass(frozen=True)
+class Means:
+    """How a run is carried out; none of this changes what is trained, but for rounding."""
+
+    product: Product | Literal["auto"] = "auto"
+    """How the encoder's product is taken; auto: `half` where the hardware is faster at that, else `full`."""
+    model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The language model's; auto: bfloat16 on a GPU, float32 on a CPU."""
+    share: Share = "entries"
+    """Under torchrun: what is divided among the ranks."""
+    tensorboard: bool = False
+    wandb: str | None = None
+    """Project, or None."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One step of a run, and how fast it is; for whoever watches."""
+
+    progress: Progress
+    peak_fraction: float
+    """Of the machine's measured matrix-product speed, by the FLOPs of the exact sparse step."""
 
 
 def reproduce(
@@ -49,56 +71,160 @@ def reproduce(
     recipe: str | None = None,
     resume: bool = False,
     eval_tokens: int = EVAL_TOKENS,
-    on_step: Callable[[Progress], None] = lambda progress: None,
+    on_step: Callable[[Seen], None] = lambda seen: None,
     on_eval: Callable[[int, int], None] | None = None,
+    means: Means | None = None,
     options: Options | None = None,
 ) -> list[Result]:
     """Train entries again by their recipe, from one stream of activations, and measure the result.
 
-    Writes to the folder `out`: one folder per SAE in the published layout, run.json, log.csv, eval.csv, and
-    registry.yaml, an overlay by which the new SAEs are used like any others.
+    Writes to the folder `out`: one folder per SAE in the published layout, run.json, log.csv, eval.csv, report.md with
+    its pictures, and registry.yaml, an overlay by which the new SAEs are used like any others.
 
     Args:
         name, layers: which entries.
         out: the run folder; must be empty unless `resume`.
         tokens: activations to train on, the recipe's number by default.
         recipe: the entry's own by default.
-        resume: go on from the checkpoint in `out`.
+        resume: go on from the last whole checkpoint in `out`.
         eval_tokens: tokens of the final evaluation.
         on_step: called after each step.
         on_eval: progress of the final evaluation.
+        means: precision, division among ranks, where to log.
         options: text, device, seed and so on.
 
-    Returns the results of the final evaluation, with the published values beside them.
+    Returns the results of the final evaluation, with the published values beside them; [] on ranks other than 0.
     """
-    options = options or Options()
+    means, options = means or Means(), options or Options()
+    ranks, device = join(options.device, means.share)
+    options = dataclasses.replace(options, device=device)
+    try:
+        job, recipe_name, lm = _prepare(name, layers, tokens, recipe, means, options)
+        ranks.check(len(job.entries), job.entries[0].d_sae)
+        if ranks.rank == 0:
+            _check_folder(out, resume)
+        peak = matrix_peak(lm.device, job.product)
+        begin = time.monotonic()
+        trainees, run = _train(job, lm, out, resume, ranks, peak, on_step, means, options)
+        if ranks.rank > 0:
+            return []
+        saes = [_finished(entry, trainee, out) for entry, trainee in zip(job.entries, trainees, strict=True)]
+        checkpoint.remove(out)
+        facts = run | {"wall time": f"{time.monotonic() - begin:,.0f} s, before the evaluation"}
+        results = _measure(saes, job, lm, eval_tokens, on_eval, options)
+        _describe(job, recipe_name, out, results, facts)
+        return results
+    finally:
+        leave()
+
+
+def plan(
+    name: str,
+    layers: str | int = "all",
+    *,
+    tokens: int | None = None,
+    recipe: str | None = None,
+    means: Means | None = None,
+    options: Options | None = None,
+) -> tuple[Job, Plan]:
+    """What `reproduce` with the same arguments would need on this machine; calibrates for some seconds."""
+    means, options = means or Means(), options or Options()
+    job, _, lm = _prepare(name, layers, tokens, recipe, means, options)
+    return job, make_plan(job.entries, job.recipe, job.tokens, lm, job.product, Ranks())
+
+
+def _prepare(
+    name: str, layers: str | int, tokens: int | None, recipe: str | None, means: Means, options: Options
+) -> tuple[Job, str, LanguageModel]:
+    """The job, its recipe's name, and the language model."""
     check_device(options.device)
     registry = read_registry(options.registry)
     entries = registry.find(name, layers)
-    chosen = registry.recipe(recipe) if recipe else entries[0].recipe
-    total = chosen.tokens if tokens is None else tokens
     first = entries[0]
+    chosen: Recipe = registry.recipe(recipe) if recipe else first.recipe
     trained_on = TextSource(f"dataset:{first.dataset_name}", dataset=first.dataset)
     source = text_source(options, default=trained_on if first.dataset else text.builtin("train"))
     if str(options.text) == "builtin":
         source = text.builtin("train")
-    _check_run(out, total, resume)
-    job = Job(tuple(entries), chosen, source, total, options.seed)
-    lm = load_language_model(fetch_model(first.model, options), device=options.device)
-    trainees = train(job, lm, out, resume=resume, hooks=Hooks(on_step, note=options.note))
-    saes = [_finished(entry, trainee, out) for entry, trainee in zip(entries, trainees, strict=True)]
-    checkpoint.remove(out)
-    results = _measure(saes, entries, lm, eval_tokens, on_eval, options)
-    _describe(job, recipe or first.recipe_name, out, results)
-    return results
+    product = best_product(torch.device(options.device)) if means.product == "auto" else means.product
+    job = Job(tuple(entries), chosen, source, chosen.tokens if tokens is None else tokens, options.seed, product)
+    job.check()
+    on_gpu = options.device.startswith("cuda")
+    dtype = (
+        torch.bfloat16 if means.model_dtype == "bfloat16" or (means.model_dtype == "auto" and on_gpu) else torch.float32
+    )
+    lm = load_language_model(fetch_model(first.model, options), device=options.device, dtype=dtype)
+    return job, recipe or first.recipe_name, lm
 
 
-def _check_run(out: Path, total: int, resume: bool) -> None:
-    if total <= 0:
-        raise UsageError(f"--tokens must be above 0, not {total}")
+def _check_folder(out: Path, resume: bool) -> None:
     if not resume and out.is_dir() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; choose another --out, or --resume the run in it")
     files.check_writable(out / "run.json")
+
+
+def _train(
+    job: Job,
+    lm: LanguageModel,
+    out: Path,
+    resume: bool,
+    ranks: Ranks,
+    peak: float,
+    on_step: Callable[[Seen], None],
+    means: Means,
+    options: Options,
+) -> tuple[list[Trainee], dict[str, str]]:
+    """The trained SAEs, and what there is to say about how it went."""
+    flops = flops_per_token(job.entries, lm) / ranks.size
+    last: list[Progress] = []
+    sinks: list[Sinks] = []
+
+    def step(progress: Progress) -> None:
+        last[:] = [progress]
+        on_step(Seen(progress, progress.trained / progress.seconds * flops / peak))
+
+    def row(found: Row) -> None:
+        if not sinks:
+            sinks.append(_open_sinks(job, out, found.tokens - job.recipe.batch_size, means))
+        values = {key: float(value) for key, value in vars(found).items() if key not in ("tokens", "layer")}
+        sinks[0].log(found.tokens, found.layer, values)
+
+    hooks = Hooks(step, row, options.note if ranks.rank == 0 else lambda message: None)
+    try:
+        trainees = train(job, lm, out, resume=resume, ranks=ranks, hooks=hooks)
+    finally:
+        for sink in sinks:
+            sink.close()
+    return trainees, _account(last[0], flops, peak, lm) if last else {}
+
+
+def _open_sinks(job: Job, out: Path, resumed_at: int, means: Means) -> Sinks:
+    return open_sinks(
+        out,
+        tensorboard=means.tensorboard,
+        wandb_project=means.wandb,
+        run_name=out.name,
+        config=job.facts(),
+        resumed_at=max(0, resumed_at),
+    )
+
+
+def _account(progress: Progress, flops: float, peak: float, lm: LanguageModel) -> dict[str, str]:
+    speed = progress.trained / progress.seconds
+    saved = progress.saved
+    return {
+        "speed": f"{speed:,.0f} tokens/s, {speed * flops / peak:.0%} of the measured matrix-product peak of"
+        f" {peak / 1e9:,.0f} GFLOP/s",
+        "machine": _machine(lm.device),
+        "checkpoints": f"{progress.saving:.1%} of the time"
+        + ("" if saved is None else f"; the last one {saved.bytes / 1e6:,.0f} MB in {saved.seconds:.1f} s"),
+    }
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _finished(entry: Entry, trainee: Trainee, out: Path) -> SAE:
@@ -113,7 +239,7 @@ def _finished(entry: Entry, trainee: Trainee, out: Path) -> SAE:
         centre=entry.centre,
         apply_b_dec_to_input=True,
     )
-    tensors = {key: tensor.detach() for key, tensor in zip(NAMES, trainee.parameters, strict=True)}
+    tensors = {key: tensor.contiguous() for key, tensor in zip(NAMES, trainee.parameters, strict=True)}
     sae = SAE(config, tensors, trainee.log_sparsity_F)
     sae.save(out / entry.hook)
     return sae
@@ -121,20 +247,23 @@ def _finished(entry: Entry, trainee: Trainee, out: Path) -> SAE:
 
 def _measure(
     saes: list[SAE],
-    entries: list[Entry],
+    job: Job,
     lm: LanguageModel,
     eval_tokens: int,
     on_eval: Callable[[int, int], None] | None,
     options: Options,
 ) -> list[Result]:
-    """Evaluate by the protocol of the published numbers, on the bundled held-out text."""
-    protocol = entries[0].definitions.protocol
-    source = text.builtin("heldout")
-    context = entries[0].context_size
+    """Evaluate by the protocol of the published numbers, on text that was not trained on."""
+    first = job.entries[0]
+    protocol, context = first.definitions.protocol, first.context_size
+    if lm.dtype != torch.float32:
+        lm = load_language_model(fetch_model(first.model, options), device=options.device)
+    source = _unseen(job)
     rows = text.collect(packed(source, lm, context, protocol), tokens=eval_tokens, context=context, source=source.name)
     total = len(rows) * context
     subjects = [
-        Subject(sae, entry.collection, entry.name, entry.published) for sae, entry in zip(saes, entries, strict=True)
+        Subject(sae, entry.collection, entry.name, entry.published)
+        for sae, entry in zip(saes, job.entries, strict=True)
     ]
     return run_evals(
         subjects,
@@ -142,76 +271,35 @@ def _measure(
         rows,
         protocol=protocol,
         text=source.name,
-        model=entries[0].model_name,
+        model=first.model_name,
         seed=options.seed,
         on_progress=None if on_eval is None else lambda done: on_eval(done, total),
     )
 
 
-def _describe(job: Job, recipe_name: str, out: Path, results: list[Result]) -> None:
-    """run.json, eval.csv and the registry overlay."""
-    run = {"recipe": recipe_name, "versions": results[0].versions, **job.facts()}
+def _unseen(job: Job) -> TextSource:
+    """Files of the data set that training never reads, if the registry names some; else the bundled held-out text."""
+    dataset = job.source.dataset
+    if dataset is None or dataset.heldout_files is None:
+        return text.builtin("heldout")
+    heldout = dataclasses.replace(dataset, data_files=dataset.heldout_files)
+    return TextSource(f"{job.source.name}:heldout", dataset=heldout)
+
+
+def _describe(job: Job, recipe_name: str, out: Path, results: list[Result], facts: dict[str, str]) -> None:
+    """run.json, eval.csv, the registry overlay and the report."""
+    run: dict[str, Any] = {"recipe": recipe_name, "versions": results[0].versions, **job.facts(), **facts}
     forms.write_text(out / "run.json", json.dumps(run, indent=2) + "\n")
     forms.write_text(out / "eval.csv", forms.to_csv(results))
     forms.write_text(out / "registry.yaml", overlay(job, recipe_name, results))
-
-
-def overlay(job: Job, recipe_name: str, results: list[Result]) -> str:
-    """A registry file that adds the SAEs of a finished run as the collection `<name>-rerun`."""
-    first = job.entries[0]
-    recipe = {key: value for key, value in dataclasses.asdict(job.recipe).items() if key != "source"}
-    # The built-in registry knows the built-in models; one from an overlay goes along.
-    models = {} if first.origin == "built-in" else {first.model_name: dataclasses.asdict(first.model)}
-    content = {
-        "version": 1,
-        "models": {name: {**model, "source": ["rerun"]} for name, model in models.items()},
-        "sources": {"rerun": f"saezoo reproduce on {job.source.name}, {job.tokens} tokens, seed {job.seed}"},
-        "recipes": {f"{recipe_name}-rerun": {**recipe, "tokens": job.tokens, "source": ["rerun"]}},
-        "collections": {f"{first.collection}-rerun": _collection(job, recipe_name, results)},
+    told = {
+        "recipe": recipe_name,
+        "tokens": f"{job.tokens:,}",
+        "text": job.source.name,
+        "seed": str(job.seed),
+        "encoder's product": job.product,
+        **facts,
+        "versions": ", ".join(f"{key} {value}" for key, value in results[0].versions.items()),
     }
-    return "# Use it: saezoo --registry THIS_FILE list\n" + str(yaml.safe_dump(content, sort_keys=False, width=120))
-
-
-def _collection(job: Job, recipe_name: str, results: list[Result]) -> dict[str, object]:
-    first = job.entries[0]
-    shared = {key: getattr(first, key) for key in ("d_in", "d_sae", "context_size", "prepend_bos", "centre")}
-    # A run shorter than one sampling window leaves no sparsity behind.
-    closed_a_window = job.tokens // job.recipe.batch_size >= job.recipe.sampling_window_steps
-    layout = {
-        "format": "saelens",
-        "folder": ".",
-        "weights": "{hook}/sae_weights.safetensors",
-        "config": "{hook}/cfg.json",
-        "sparsity": "{hook}/sparsity.safetensors" if closed_a_window else None,
-        "source": ["rerun"],
-    }
-    saes = [
-        {
-            "layer": entry.layer,
-            "name": entry.name,
-            "hook": entry.hook,
-            "neuronpedia": None,
-            "published": {key: float(f"{result.metrics[key].value:.6g}") for key in _PUBLISHED},
-            "files": {},
-        }
-        for entry, result in zip(job.entries, results, strict=True)
-    ]
-    return {
-        "title": f"{first.collection} trained again by recipe {recipe_name}",
-        "model": first.model_name,
-        "dataset": None,
-        "recipe": f"{recipe_name}-rerun",
-        "hook": first.hook.replace(f"blocks.{first.layer}.", "blocks.{layer}."),
-        **shared,
-        "dtype": "float32",
-        "licence": first.licence,
-        "source": ["rerun"],
-        "layouts": {"run": layout},
-        "published": {
-            "protocol": results[0].protocol,
-            "sample": f"{results[0].tokens} tokens of {results[0].text}, seed {results[0].seed}",
-            "source": ["rerun"],
-            "definitions": {key: "docs/metrics.md" for key in _PUBLISHED},
-        },
-        "saes": saes,
-    }
+    names = ", ".join(entry.name for entry in job.entries)
+    write_report(out, f"{job.entries[0].collection} {names}, trained again", told, results)

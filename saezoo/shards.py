@@ -90,8 +90,8 @@ class TokenCache:
         self._source, self._tokenizer, self._note = source, _Frozen.of(tokenizer), note
         self._limits = (shard_documents, shard_tokens)
         self._text = _identity(source)
-        key = json.dumps([VERSION, self._limits, self._text, asdict(self._tokenizer)])
-        self.folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
+        rest = json.dumps([VERSION, self._limits, self._text, self._tokenizer.split_special_tokens])
+        self.folder = root / hashlib.sha256((rest + self._tokenizer.state).encode()).hexdigest()[:16]
         self.dtype = np.dtype("<u2" if self._tokenizer.vocab <= 1 << 16 else "<u4")
         self._lock = threading.Lock()  # several walks over one cache may be under way in this process
         self._sound: set[int] = set()
@@ -270,10 +270,13 @@ class _Frozen:
 
     @classmethod
     def of(cls, tokenizer: Any) -> _Frozen:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state["truncation"] = state["padding"] = None  # left there by earlier calls
+        backend = tokenizer.backend_tokenizer
+        if backend.truncation or backend.padding:  # left there by an earlier call
+            backend = type(backend).from_str(backend.to_str())
+            backend.no_truncation()
+            backend.no_padding()
         vocab = max(tokenizer.get_vocab().values()) + 1
-        return cls(json.dumps(state), bool(tokenizer.split_special_tokens), vocab)
+        return cls(backend.to_str(), bool(tokenizer.split_special_tokens), vocab)
 
     def thaw(self) -> Any:
         from tokenizers import Tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -79,22 +79,6 @@ def _new_bar() -> Any:
         console=Console(stderr=True),
         transient=True,
     )
-
-
-class TrainingLine:
-    """Shows losses and L0 beside the bar, of the first layer, at most twice a second."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._next = 0.0
-
-    def __call__(self, done: int, total: int, names: Sequence[str], logs: list[Any]) -> None:
-        if time.monotonic() < self._next and done < total:
-            return
-        self._next = time.monotonic() + 0.5
-        losses, first = logs[0].losses, logs[0]
-        status = f"layer {names[0]}: mse {float(losses.mse):.4g} l1 {float(losses.l1):.4g} L0 {float(first.l0):.1f}"
-        self._progress(done, total, status)
 
 
 def print_table(table: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import lzma
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,12 @@ def pack(documents: Iterable[list[int]], *, bos: int, context: int) -> Iterator[
 
 
 def pack_feb2024(
-    documents: Iterable[list[int]], *, bos: int, context: int, rows_per_call: int, skip: int = 0
+    documents: Iterable[Sequence[int] | NDArray[np.unsignedinteger[Any]]],
+    *,
+    bos: int,
+    context: int,
+    rows_per_call: int,
+    skip: int = 0,
 ) -> Iterator[Rows]:
     """Pack exactly as the code of February 2024 did, `rows_per_call` rows at a time.
 

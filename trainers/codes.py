@@ -189,7 +189,8 @@ def sampled(A_SD: Tensor, B_RD: Tensor, ends_S1: Tensor, row_N: Tensor) -> Tenso
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         size = (len(A_SD), len(B_RD))
         pattern = torch.sparse_csr_tensor(ends_S1, row_N, A_SD.new_zeros(len(row_N)), size, check_invariants=False)
-        return torch.sparse.sampled_addmm(pattern, A_SD, B_RD.T, beta=0).values()
+        product: Tensor = torch.sparse.sampled_addmm(pattern, A_SD, B_RD.T, beta=0)
+    return product.values()
 
 
 def blocks(n: int, size: int) -> Iterator[slice]:

@@ -97,7 +97,8 @@ class Feed:
         self._per_refill, self._made = per_refill, 0
         self._ranks = ranks
         self._blocks: deque[_Block] = deque()
-        self._side = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
+        on_gpu = lm.device.type == "cuda"
+        self._side = torch.cuda.Stream(lm.device) if on_gpu else None  # type: ignore[no-untyped-call]
         self.cursor = start
         """After the last block that was taken."""
 
@@ -132,9 +133,9 @@ class Feed:
         mine = [calls[min(self._ranks.rank * share + i, size - 1)] for i in range(share)]
         tokens_RT = torch.from_numpy(np.concatenate([call.tokens_RT for call in mine])).to(self._lm.device)
         x_NLD = residuals(self._lm, tokens_RT, self._depths, centre=self._centre).to(self._lm.dtype)
-        blocks = self._ranks.exchange(x_NLD).split(len(x_NLD) // share)
+        blocks = torch.split(self._ranks.exchange(x_NLD), len(x_NLD) // share)
         ready = None
         if self._side is not None:
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(self._side)
         self._blocks.extend(_Block(x, call.after, ready) for x, call in zip(blocks, calls, strict=False))

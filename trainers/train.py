@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -128,8 +128,10 @@ def train(
     """Train every entry of `job`; returns them in order, whole (on several ranks: on rank 0; others get []).
 
     Writes `folder`/log.csv and checkpoints as it goes, the latter by `schedule` (as often as costs at most 2 % of the
-    time) and on Ctrl-C or SIGTERM. Raises UsageError for a budget below one buffer; TrainingError: nothing to resume, another job's checkpoint,
-    text shorter than a store call, a loss that is not finite or has exploded, another rank that died, or stopped by a
+    time) and on Ctrl-C or SIGTERM.
+
+    Raises UsageError for a budget below one buffer; TrainingError: nothing to resume, another job's checkpoint, text
+    shorter than a store call, a loss that is not finite or has exploded, another rank that died, or stopped by a
     signal (after a checkpoint).
     """
     hooks = hooks or Hooks()

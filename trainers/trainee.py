@@ -77,10 +77,8 @@ def initial_parameters(
     rows = (row for i, row in enumerate(uniform(d_sae, d_in)) if i in kept)
     W_dec = torch.stack(list(rows))
     normalise_decoder(W_dec)
-    if encoder == "decoder":
-        W_enc = W_dec.T.clone()
-    else:
-        W_enc = torch.stack([row[features] for row in uniform(d_in, d_sae)])
+    tied = encoder == "decoder"
+    W_enc = W_dec.T.clone() if tied else torch.stack([row[features] for row in uniform(d_in, d_sae)])
     tensors = (W_enc, torch.zeros(len(W_dec)), W_dec, b_dec.clone())
     return Parameters(*(t.to(b_dec.device, b_dec.dtype) for t in tensors))
 
@@ -245,7 +243,7 @@ class Trainee:
         if self.recipe.ghost != "off" and self.steps > self.recipe.dead_after_steps:
             parts.append((torch.zeros_like(x_hat_BD) if ghost_BD is None else ghost_BD).flatten())
         sizes = [len(part) for part in parts]
-        summed, numbers_3, *rest = self._ranks.add_up(torch.cat(parts)).split(sizes)
+        summed, numbers_3, *rest = torch.split(self._ranks.add_up(torch.cat(parts)), sizes)
         # Where nobody has a dead feature there is no ghost term at all.
         ghost_BD = rest[0].view_as(x_hat_BD) if rest and float(numbers_3[2]) > 0 else None
         return _Output(summed.view_as(x_hat_BD), ghost_BD, *numbers_3)
