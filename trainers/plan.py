@@ -146,7 +146,7 @@ def _weights(entries: Sequence[Entry]) -> int:
 
 def _half_buffer(n_entries: int, recipe: Recipe, lm: LanguageModel, context: int) -> int:
     activations = recipe.buffer_batches // 2 * recipe.store_rows * context
-    return activations * n_entries * lm.d_model * int(lm.dtype.itemsize)
+    return activations * n_entries * lm.d_model * lm.dtype.itemsize  # type: ignore[no-any-return]
 
 
 def _memory(mine: Sequence[Entry], recipe: Recipe, lm: LanguageModel, ranks: Ranks) -> int:
