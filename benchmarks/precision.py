@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import RESULTS, append
+
 WAYS = ("dense", "full", "half")
 METRICS = ("ce_delta", "explained_variance", "l0", "alive_fraction")
 HELDOUT = 131_072
@@ -36,15 +36,8 @@ def train_and_measure(way: str, seed: int, args: argparse.Namespace) -> dict[str
         means=Means(product=way),  # type: ignore[arg-type]
         options=Options(seed=seed, note=lambda message: print(message, file=sys.stderr)),
     )
-    row: dict[str, object] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-        "layer": args.layer,
-        "tokens": args.tokens,
-        "product": way,
-        "seed": seed,
-        "eval_tokens": result.tokens,
-        "torch": result.versions["torch"],
-    }
+    row: dict[str, object] = {"layer": args.layer, "tokens": args.tokens, "product": way, "seed": seed}
+    row |= {"eval_tokens": result.tokens, "torch": result.versions["torch"]}
     for name in METRICS:
         value, lo, hi = result.metrics[name]
         row |= {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
@@ -77,20 +70,14 @@ def main() -> None:
     parser.add_argument("--layer", default="2")
     parser.add_argument("--tokens", type=int, default=8_000_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "precision.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "precision.csv")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
     for seed in [] if args.table else args.seeds:
         for way in WAYS:
             if (args.out / f"{way}-{seed}" / "eval.csv").exists():
                 continue
-            row = train_and_measure(way, seed, args)
-            new = not args.csv.exists()
-            with args.csv.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append(args.csv, train_and_measure(way, seed, args))
     table(args.csv)
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,18 +43,28 @@ def document_by_document(tokenizer: Any, source: TextSource) -> Iterator[Any]:
         yield tokenizer(text, return_tensors="pt", padding=True, truncation=False, max_length=None)["input_ids"][0]
 
 
-def timed(documents: Callable[[], Iterator[Any]]) -> tuple[float, int, int, int]:
-    """Seconds for all of `documents`, how many there are, their tokens, and a sum that tells them from others."""
-    start = time.perf_counter()
+class Timed(NamedTuple):
+    """One pass: what it took, and what it gave."""
+
+    wall_s: float
+    cpu_s: float
+    """Of all threads; steadier than `wall_s` where other work shares the cores."""
+    contents: tuple[int, int, int]
+    """Documents, their tokens, and a sum over both that tells them from others."""
+
+
+def timed(documents: Callable[[], Iterator[Any]]) -> Timed:
+    """Go through all of `documents`."""
+    start, cpu_start = time.perf_counter(), time.process_time()
     found = [np.asarray(ids) for ids in documents()]
-    seconds = time.perf_counter() - start
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
     weights = (int((ids.astype(np.int64) * (np.arange(len(ids)) % 1009 + 1)).sum()) for ids in found)
     check = sum((number % 997 + 1) * weight for number, weight in enumerate(weights))
-    return seconds, len(found), sum(map(len, found)), check
+    return Timed(wall, cpu, (len(found), sum(map(len, found)), check))
 
 
-def one_round(source: TextSource, load: Callable[[], Any]) -> dict[str, tuple[float, int, int, int]]:
-    """What `timed` says of each pass, in turn."""
+def one_round(source: TextSource, load: Callable[[], Any]) -> dict[str, Timed]:
+    """Each pass, in turn."""
     ours, theirs = load(), load()
     with tempfile.TemporaryDirectory() as root:
         return {
@@ -64,28 +74,36 @@ def one_round(source: TextSource, load: Callable[[], Any]) -> dict[str, tuple[fl
         }
 
 
-def measure(source: TextSource, load: Callable[[], Any], rounds: int) -> tuple[dict[str, float], int, int]:
-    """Median seconds of each pass; documents; tokens."""
+def measure(source: TextSource, load: Callable[[], Any], rounds: int) -> dict[str, Timed]:
+    """Medians over the rounds."""
     found = [one_round(source, load) for _ in range(rounds)]
-    contents = {measured[1:] for one in found for measured in one.values()}
+    contents = {measured.contents for one in found for measured in one.values()}
     if len(contents) != 1:
         raise SystemExit(f"the passes disagree on documents, tokens or ids: {contents}")
-    documents, tokens, _ = contents.pop()
-    return {name: statistics.median(one[name][0] for one in found) for name in PASSES}, documents, tokens
+    return {name: median([one[name] for one in found]) for name in PASSES}
 
 
-def record(path: Path, text: str, seconds: dict[str, float], documents: int, tokens: int, rounds: int) -> None:
+def median(measured: list[Timed]) -> Timed:
+    """Of wall and of CPU time, each by itself."""
+    wall = statistics.median(one.wall_s for one in measured)
+    return Timed(wall, statistics.median(one.cpu_s for one in measured), measured[0].contents)
+
+
+def record(path: Path, text: str, found: dict[str, Timed], rounds: int) -> None:
     """Print the measurement and append it to the CSV."""
+    documents, tokens, _ = found["first"].contents
     row: dict[str, object] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "text": text,
         "documents": documents,
         "tokens": tokens,
         "rounds": rounds,
-        **{f"{name}_s": round(seconds[name], 3) for name in PASSES},
-        **{f"{name}_tokens_per_s": round(tokens / seconds[name]) for name in PASSES},
-        "loop_over_first": round(seconds["loop"] / seconds["first"], 2),
-        "loop_over_second": round(seconds["loop"] / seconds["second"], 1),
+        **{f"{name}_s": round(found[name].wall_s, 3) for name in PASSES},
+        **{f"{name}_cpu_s": round(found[name].cpu_s, 3) for name in PASSES},
+        **{f"{name}_tokens_per_s": round(tokens / found[name].wall_s) for name in PASSES},
+        "loop_over_first": round(found["loop"].wall_s / found["first"].wall_s, 2),
+        "loop_over_second": round(found["loop"].wall_s / found["second"].wall_s, 1),
+        "loop_over_first_cpu": round(found["loop"].cpu_s / found["first"].cpu_s, 2),
         "cpu_threads": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
@@ -118,13 +136,8 @@ def main() -> None:
         return AutoTokenizer.from_pretrained(args.tokenizer, local_files_only=True)
 
     for path in args.text:
-        seconds, documents, tokens = measure(text_file(path), load, args.rounds)
         name = f"{path.resolve().parent.name}/{path.name}"
-        record(args.csv, name, seconds, documents, tokens, args.rounds)
-        print(
-            f"{name}: document by document takes {seconds['loop'] / seconds['first']:.1f} times as long as the first "
-            f"pass, {seconds['loop'] / seconds['second']:.0f} times as long as every later one"
-        )
+        record(args.csv, name, measure(text_file(path), load, args.rounds), args.rounds)
 
 
 if __name__ == "__main__":

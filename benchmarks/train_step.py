@@ -11,20 +11,15 @@ Without --peer-python only saezoo is timed. --device cuda times the same on a GP
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
-import platform
 import resource
-import subprocess
 import sys
 import time
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import RESULTS, append, device_name, in_fresh_process, versions
+
 WAYS = ("dense", "full", "half")
 PEER_WAYS = ("saelens", "saelens autocast")
 ACTIVE = 46 / 24_576
@@ -130,7 +125,7 @@ def measure(way: str, loss: str, args: argparse.Namespace) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() / 2**20
     median = sorted(seconds)[len(seconds) // 2]
     found = {"s_per_step": round(median, 5), "fastest_s": round(min(seconds), 5), "loss": value, "l0": round(l0, 2)}
-    return found | {"peak_mib": round(peak), "threads": torch.get_num_threads()}
+    return found | {"peak_mib": round(peak)}
 
 
 def main() -> None:
@@ -143,67 +138,28 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=24_576)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--ways", nargs="+", default=[*PEER_WAYS, *WAYS])
-    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "train_step.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "train_step.csv")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "LOSS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps({**measure(args.one[0], args.one[1], args), **versions()}))
+        found = measure(args.one[0], args.one[1], args)
+        print(json.dumps(found | versions("torch", "triton", "sae-lens")))
         return
     rows = [(way, "standard") for way in args.ways if way in PEER_WAYS and args.peer_python]
     rows += [(way, loss) for loss in ("standard", "feb2024") for way in args.ways if way in WAYS]
     peer: float | None = None
     for way, loss in rows:
         python = args.peer_python if way in PEER_WAYS else sys.executable
-        found = in_fresh_process(python, way, loss, args)
+        options = ["--device", args.device, "--steps", str(args.steps), "--batch", str(args.batch)]
+        options += ["--d-in", str(args.d_in), "--d-sae", str(args.d_sae)]
+        found = in_fresh_process(python, __file__, "--one", way, loss, *options)
         peer = found["s_per_step"] if way == "saelens" else peer
         ratio = None if peer is None else round(peer / found["s_per_step"], 2)
         print(
             f"{loss:9} {way:17} {found['s_per_step']:8.4f} s, {ratio} x SAELens, L0 {found['l0']}, loss {found['loss']}"
         )
         sizes = {"device": device_name(args.device), "batch": args.batch, "d_in": args.d_in, "d_sae": args.d_sae}
-        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
-        append(args.csv, {"date": now, **sizes, "loss_version": loss, "way": way, "saelens_over_this": ratio, **found})
-
-
-def in_fresh_process(python: str, way: str, loss: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What `measure` gives in another process."""
-    options = ["--device", args.device, "--steps", str(args.steps), "--batch", str(args.batch)]
-    options += ["--d-in", str(args.d_in), "--d-sae", str(args.d_sae)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [python, __file__, "--one", way, loss, *options]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def device_name(device: str) -> str:
-    """`cpu`, or the GPU's name."""
-    if device == "cpu":
-        return "cpu"
-    import torch
-
-    return torch.cuda.get_device_name()
-
-
-def versions() -> dict[str, str]:
-    """Of what was measured; empty where absent."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "triton", "sae-lens"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = ""
-    return found
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """One row, with a header if the file is new."""
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+        append(args.csv, {**sizes, "loss_version": loss, "way": way, "saelens_over_this": ratio, **found})
 
 
 if __name__ == "__main__":
