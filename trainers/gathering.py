@@ -13,7 +13,7 @@ from saezoo.activations import ActivationBuffer
 from saezoo.entries import Recipe
 from saezoo.errors import TrainingError
 from saezoo.trainers.checkpoint import Checkpoint
-from saezoo.trainers.ranks import Ranks
+from saezoo.trainers.ranks import Ranks, first_line
 from saezoo.trainers.trainee import Parameters, Product, State, Trainee
 
 _WHOLE = ("b_dec", "b_dec.exp_avg", "b_dec.exp_avg_sq")
@@ -25,30 +25,29 @@ def run_state(
     trainees: Sequence[Trainee], buffer: ActivationBuffer, generator: torch.Generator, ranks: Ranks
 ) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
     """Tensors and facts of the whole run, by names that do not depend on the ranks; None but on rank 0."""
-    found = ranks.collect(
-        {f"buffer.{key}": value for key, value in buffer.state().items()} | _flat(trainees), _facts(trainees)
-    )
+    mine = _flat(trainees)
+    if ranks.rank == 0 or not ranks.shares_features:  # ranks that share features have the same buffer
+        mine |= {f"buffer.{key}": value for key, value in buffer.state().items()}
+    found = ranks.collect(mine, _facts(trainees))
     if found is None:
         return None, {}
     tensors = {"generator": generator.get_state()}
     for name in (f"buffer.{key}" for key in _BUFFER):
-        parts = [theirs.pop(name) for theirs, _ in found]
-        tensors[name] = (
-            parts[0] if ranks.shares_features else torch.cat([part.to(parts[0].device) for part in parts], 1)
-        )
+        tensors[name] = _end_to_end([theirs.pop(name) for theirs, _ in found if name in theirs], 1)
     states = _joined(found, ranks)
     tensors |= {f"{i}.{name}": tensor for i, state in enumerate(states) for name, tensor in state.tensors.items()}
     return tensors, {"trainees": [state.facts for state in states]}
 
 
 def whole_trainees(recipe: Recipe, product: Product, trainees: Sequence[Trainee], ranks: Ranks) -> list[Trainee]:
-    """On rank 0, every SAE with all its features; [] elsewhere."""
+    """On rank 0, every SAE with all its features, on its device; [] elsewhere."""
     if ranks.size == 1:
         return list(trainees)
     found = ranks.collect(_flat(trainees), _facts(trainees))
+    device = trainees[0].b_dec_D.device
     whole: list[Trainee] = []
     for state in [] if found is None else _joined(found, ranks):
-        tensors = state.tensors
+        tensors = {key: tensor.to(device) for key, tensor in state.tensors.items()}
         parameters = Parameters(tensors["W_enc"].T, tensors["b_enc"], tensors["W_dec"], tensors["b_dec"])
         whole.append(Trainee(parameters, recipe, product=product))
         whole[-1].restore(state)
@@ -83,10 +82,9 @@ def watch(ranks: Ranks) -> Iterator[None]:
     except RuntimeError as error:
         if ranks.size == 1 or not _is_of_a_collective(error):
             raise
-        reason = str(error).strip().split("\n")[0]
         raise TrainingError(
-            f"rank {ranks.rank}: another rank has died or does not answer; the same command with --resume goes on"
-            f" from the last checkpoint ({reason})"
+            f"rank {ranks.rank}: another rank has ended or does not answer ({first_line(error)}); unless that rank says"
+            " otherwise, the same command with --resume goes on from the last checkpoint"
         ) from None
 
 
@@ -115,11 +113,16 @@ def _joined(found: list[tuple[dict[str, Tensor], Any]], ranks: Ranks) -> list[St
     for i, facts in enumerate(found[0][1]):
         parts = [_state(*theirs, i).tensors for theirs in found]
         joined = {
-            key: parts[0][key] if key in _WHOLE else torch.cat([part[key].to(parts[0][key].device) for part in parts])
-            for key in parts[0]
+            key: parts[0][key] if key in _WHOLE else _end_to_end([part[key] for part in parts], 0) for key in parts[0]
         }
-        states.append(State(joined, {**facts, "block": len(joined["b_enc"])}))
+        density = sum(theirs[i]["density"] for _, theirs in found) / len(found)
+        states.append(State(joined, {**facts, "density": density, "block": len(joined["b_enc"])}))
     return states
+
+
+def _end_to_end(parts: list[Tensor], dim: int) -> Tensor:
+    """On the CPU if there are several: all together may be more than rank 0's GPU holds."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.cpu() for part in parts], dim)
 
 
 def _state(tensors: dict[str, Tensor], facts: list[dict[str, Any]], number: int) -> State:

@@ -146,12 +146,12 @@ def _weights(entries: Sequence[Entry]) -> int:
 
 def _half_buffer(n_entries: int, recipe: Recipe, lm: LanguageModel, context: int) -> int:
     activations = recipe.buffer_batches // 2 * recipe.store_rows * context
-    return activations * n_entries * lm.d_model * lm.dtype.itemsize  # type: ignore[no-any-return]
+    return activations * n_entries * lm.d_model * lm.dtype.itemsize
 
 
 def _memory(mine: Sequence[Entry], recipe: Recipe, lm: LanguageModel, ranks: Ranks) -> int:
     first = mine[0]
-    model = sum(parameter.numel() * parameter.element_size() for parameter in lm.hf_model.parameters())
+    model: int = sum(parameter.numel() * parameter.element_size() for parameter in lm.hf_model.parameters())
     buffer = 5 * _half_buffer(len(mine), recipe, lm, first.context_size)  # two of them mixed, their mix, and one kept
     shared = ranks.size if ranks.shares_features else 1
     states = (12 * _weights(mine) + 4 * _weights(mine[:1])) // shared  # weights and two moments; one SAE's gradient

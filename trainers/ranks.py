@@ -8,7 +8,8 @@ and sends the activations to those that need them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from saezoo.errors import UsageError
+from saezoo.errors import TrainingError, UsageError
 
 Share = Literal["entries", "features"]
 _T = TypeVar("_T")
@@ -26,6 +27,11 @@ _GPU_PATIENCE = timedelta(seconds=50)
 """A rank that does not answer on the GPU for so long is taken for dead. Waiting for a checkpoint is done on `_cpu`."""
 _CPU_PATIENCE = timedelta(minutes=30)
 """gloo notices a dead rank by its closed connection at once; this is for slow ones."""
+_ASK_EVERY = 0.25
+"""Seconds between two questions to all ranks. Each costs all of them a round trip, with 64 more than a step on a GPU."""
+_MOST_STEPS = 256
+"""Between two questions, should the steps become much slower."""
+_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,27 @@ class Ranks:
 
     def check(self, n_entries: int, d_sae: int) -> None:
         """Raise UsageError unless the work divides evenly."""
-        what, n = ("SAEs", n_entries) if self.share == "entries" else ("features", d_sae)
+        counts = {"entries": n_entries, "features": d_sae}
+        what, n = "SAEs" if self.share == "entries" else "features", counts.pop(self.share)
         if n % self.size:
-            fitting = [size for size in range(1, min(n, 1024) + 1) if n % size == 0]
-            near = max((size for size in fitting if size < self.size), default=1)
-            other = "features" if self.share == "entries" else "entries"
-            raise UsageError(f"{n} {what} do not divide among {self.size} ranks; use {near} ranks, or --share {other}")
+            near = max(size for size in range(1, self.size) if n % size == 0)
+            ways = [f"use {near} of them" if near > 1 else "use one process"]
+            ways += [f"--share {other}" for other, count in counts.items() if count % self.size == 0]
+            raise UsageError(f"{n} {what} do not divide among {self.size} ranks; {', or '.join(ways)}")
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Raise TrainingError, on every rank, unless all have been given the same."""
+        if self.size == 1:
+            return
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, {**facts, "--share": self.share}, group=self._cpu)
+        for rank, theirs in enumerate(found):
+            for key, value in found[0].items():
+                if theirs.get(key) != value:
+                    raise TrainingError(
+                        f"rank {rank} has {key} {theirs.get(key)}, rank 0 has {value};"
+                        " start all with one command, and on several machines with one shared run folder"
+                    )
 
     def entries(self, everything: Sequence[_T]) -> Sequence[_T]:
         """Those that this rank trains (under `features`, all of them)."""
@@ -84,13 +105,12 @@ class Ranks:
         dist.all_to_all_single(received, parts)
         return received.flatten(0, 1)
 
-    def any(self, *flags: bool) -> list[bool]:
-        """Each flag: whether it is raised on any rank."""
-        if self.size == 1:
-            return list(flags)
-        raised = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._cpu)
-        return [bool(flag) for flag in raised]
+    def largest(self, *numbers: int) -> list[int]:
+        """Each number: the largest of any rank's."""
+        found = torch.tensor(numbers, dtype=torch.int32)
+        if self.size > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._cpu)
+        return [int(number) for number in found]
 
     def wait(self) -> None:
         """Until every rank is here."""
@@ -128,20 +148,80 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
+class Question:
+    """Asks all ranks whether any of them has raised a flag: some four times a second, or at each step of slow ones."""
+
+    def __init__(self, ranks: Ranks, every: float = _ASK_EVERY) -> None:
+        self._ranks, self._every = ranks, every
+        self._steps = self._left = 1
+        self._then = time.monotonic()
+
+    def __call__(self, *flags: bool) -> list[bool]:
+        """For each flag: whether it is raised anywhere. Called by every rank at every step; while nobody is asked all
+        seem to be down, so a flag has to stay up."""
+        if self._ranks.size == 1:
+            return list(flags)
+        self._left -= 1
+        if self._left:
+            return [False] * len(flags)
+        *raised, self._left = self._ranks.largest(*flags, self._until_next())
+        self._steps, self._then = self._left, time.monotonic()
+        return [bool(flag) for flag in raised]
+
+    def _until_next(self) -> int:
+        """Steps, counted by rank 0 alone: all have to ask at the same one."""
+        if self._ranks.rank > 0:
+            return 0
+        pace = (time.monotonic() - self._then) / self._steps
+        return max(1, min(int(self._every / pace), 2 * self._steps, _MOST_STEPS))
+
+
 def join(device: str, share: Share) -> tuple[Ranks, str]:
-    """This process's ranks as torchrun set them up, and its device; `Ranks()` without torchrun."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    """This process's ranks as torchrun set them up, and its device; `Ranks()` without torchrun.
+
+    Raises UsageError for what torchrun was not told rightly, TrainingError if the others do not appear.
+    """
+    size = int(os.environ.get("WORLD_SIZE") or 1)
     if size == 1:
         return Ranks(), device
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=_GPU_PATIENCE if backend == "nccl" else _CPU_PATIENCE)
-    return Ranks(dist.get_rank(), size, share, dist.new_group(backend="gloo", timeout=_CPU_PATIENCE)), device
+    missing = [name for name in _TORCHRUN if name not in os.environ]
+    if missing:
+        raise UsageError(f"WORLD_SIZE is {size}, but {missing[0]} is not set; start the ranks with torchrun")
+    if device != "cpu":
+        device = _own_gpu(device, int(os.environ["LOCAL_RANK"]))
+    backend, patience = ("gloo", _CPU_PATIENCE) if device == "cpu" else ("nccl", _GPU_PATIENCE)
+    try:
+        dist.init_process_group(backend, timeout=patience)
+        cpu = None if device == "cpu" else dist.new_group(backend="gloo", timeout=_CPU_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        leave()
+        raise TrainingError(f"the {size} ranks do not come together ({first_line(error)}); start all of them") from None
+    return Ranks(dist.get_rank(), size, share, cpu), device
+
+
+def _own_gpu(device: str, local_rank: int) -> str:
+    """The GPU of this rank among those of its machine."""
+    if device != "cuda":
+        raise UsageError(f"several ranks cannot all train on {device}; use --device cuda, or cpu")
+    found = torch.cuda.device_count()
+    if local_rank >= found:
+        raise UsageError(f"rank {local_rank} of this machine has no GPU, it has {found}; lower --nproc-per-node")
+    torch.cuda.set_device(local_rank)
+    return f"cuda:{local_rank}"
 
 
 def leave() -> None:
     """Undo `join`."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def may_be_restarted() -> bool:
+    """Whether torchrun was told to start everything again after a failure: its --max-restarts."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, without where in the library."""
+    line = str(error).strip().split("\n")[0]
+    return line[line.find("] ") + 2 :] if line.startswith("[") else line

@@ -29,7 +29,7 @@ from saezoo.tokens import TextSource
 from saezoo.trainers import checkpoint, gathering
 from saezoo.trainers.feed import Cursor, Feed, store_calls
 from saezoo.trainers.log import Log, Row
-from saezoo.trainers.ranks import Ranks
+from saezoo.trainers.ranks import Question, Ranks
 from saezoo.trainers.trainee import Product, StepLog, Trainee, initial_parameters
 
 
@@ -143,13 +143,14 @@ def train(
         "text": f"{job.source.name} ({cache.folder.name})",
     }
     saved = checkpoint.load(folder, identity, hooks.note) if resume else None
-    if saved is None and ranks.rank == 0:
-        checkpoint.remove(folder)  # of a run given up
     with gathering.watch(ranks):
+        ranks.check_same(identity | {"a checkpoint at": "none" if saved is None else saved.done})
+        if saved is None and ranks.rank == 0:
+            checkpoint.remove(folder)  # of a run given up
         run, feed = _set_up(job, lm, cache, saved, ranks, hooks)
         run.schedule = schedule or checkpoint.Schedule()
         log = Log(folder, job.tokens, [entry.name for entry in ranks.entries(job.entries)], run.done, ranks)
-        begin, first, cost = time.monotonic(), run.done, None
+        begin, first, cost, ask = time.monotonic(), run.done, None, Question(ranks)
         with _StopSignal() as stop:
             while run.done < job.tokens:
                 x_nLD = next(run.buffer)
@@ -167,7 +168,7 @@ def train(
                         run.done, job.tokens, names, steps, run.trainees, seconds, trained, cost, run.schedule.share()
                     )
                 )
-                stopping, due = ranks.any(stop.requested, ranks.rank == 0 and run.schedule.due())
+                stopping, due = ask(stop.requested, ranks.rank == 0 and run.schedule.due())
                 if (stopping or due) and run.done < job.tokens:
                     cost = _save(job, run, folder, identity, ranks) or cost
                 if stopping and run.done < job.tokens:
