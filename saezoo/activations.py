@@ -69,6 +69,11 @@ class ActivationBuffer:
             self._refill()
         return self._pending.pop(0)
 
+    @property
+    def drained(self) -> bool:
+        """Whether the next batch comes from a refill; the state is then half as large."""
+        return not self._pending
+
     def _new(self) -> Tensor:
         blocks = [next(self._source) for _ in range(self._half)]
         new_NLD = torch.cat(blocks)

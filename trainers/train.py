@@ -168,7 +168,8 @@ def train(
                         run.done, job.tokens, names, steps, run.trainees, seconds, trained, cost, run.schedule.share()
                     )
                 )
-                stopping, due = ask(stop.requested, ranks.rank == 0 and run.schedule.due())
+                due_here = ranks.rank == 0 and run.buffer.drained and run.schedule.due()
+                stopping, due = ask(stop.requested, due_here)
                 if (stopping or due) and run.done < job.tokens:
                     cost = _save(job, run, folder, identity, ranks) or cost
                 if stopping and run.done < job.tokens:
