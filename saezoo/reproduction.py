@@ -31,7 +31,7 @@ from saezoo.tokens import TextSource
 from saezoo.trainers import checkpoint
 from saezoo.trainers.log import Row
 from saezoo.trainers.plan import Plan, best_product, flops_per_token, make_plan, matrix_peak
-from saezoo.trainers.ranks import Ranks, Share, join, leave
+from saezoo.trainers.ranks import Ranks, Share, join, leave, may_be_restarted, started_together
 from saezoo.trainers.train import Hooks, Job, Progress, train
 from saezoo.trainers.trainee import Product, Trainee
 from saezoo.weights import NAMES
@@ -86,7 +86,8 @@ def reproduce(
         out: the run folder; must be empty unless `resume`.
         tokens: activations to train on, the recipe's number by default.
         recipe: the entry's own by default.
-        resume: go on from the last whole checkpoint in `out`.
+        resume: go on from the last whole checkpoint in `out`. Under `torchrun --max-restarts`, where the same command
+            starts the run and goes on with it, also start if there is nothing to go on from.
         eval_tokens: tokens of the final evaluation.
         on_step: called after each step.
         on_eval: progress of the final evaluation.
@@ -105,7 +106,9 @@ def reproduce(
             _check_folder(out, resume)
         peak = matrix_peak(lm.device, job.product)
         begin = time.monotonic()
+        resume = resume and not (may_be_restarted() and _holds_nothing(out))
         trainees, run = _train(job, lm, out, resume, ranks, peak, on_step, means, options)
+        leave()  # all at the same time, not one after the other's evaluation
         if ranks.rank > 0:
             return []
         saes = [_finished(entry, trainee, out) for entry, trainee in zip(job.entries, trainees, strict=True)]
@@ -129,6 +132,8 @@ def plan(
 ) -> tuple[Job, Plan]:
     """What `reproduce` with the same arguments would need on this machine; calibrates for some seconds."""
     means, options = means or Means(), options or Options()
+    if started_together() > 1:
+        raise UsageError("--plan measures one process; run it without torchrun")
     job, _, lm = _prepare(name, layers, tokens, recipe, means, options)
     return job, make_plan(job.entries, job.recipe, job.tokens, lm, job.product, Ranks())
 
@@ -163,6 +168,11 @@ def _check_folder(out: Path, resume: bool) -> None:
     files.check_writable(out / "run.json")
 
 
+def _holds_nothing(out: Path) -> bool:
+    """Whether there is no more in the run folder than a run leaves that has not come to its first checkpoint."""
+    return {path.name for path in out.glob("[!.]*")} <= {"log.csv", "tensorboard", "wandb"}
+
+
 def _train(
     job: Job,
     lm: LanguageModel,
@@ -181,6 +191,8 @@ def _train(
 
     def step(progress: Progress) -> None:
         last[:] = [progress]
+        if ranks.rank > 0:
+            return  # one of them shows enough
         on_step(Seen(progress, progress.trained / progress.seconds * flops / peak))
 
     def row(found: Row) -> None:

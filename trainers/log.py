@@ -12,7 +12,7 @@ from pathlib import Path
 from saezoo import files
 from saezoo.errors import TrainingError
 from saezoo.trainers.ranks import Ranks
-from saezoo.trainers.trainee import StepLog
+from saezoo.trainers.trainee import StepLog, Trainee
 
 _ROWS = 500
 _EXPLODED = 1e3
@@ -61,7 +61,7 @@ class Log:
         with files.replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([[field.name for field in fields(Row)], *rows])
 
-    def rows(self, done: int, steps: Sequence[StepLog]) -> list[Row]:
+    def rows(self, done: int, steps: Sequence[StepLog], trainees: Sequence[Trainee]) -> list[Row]:
         """Write and return the rows of the step that ended at `done` tokens, of all ranks, if any are due.
 
         Raises TrainingError if a loss is not finite or has exploded.
@@ -73,7 +73,8 @@ class Log:
         now = time.monotonic()
         seconds, speed = round(now - self._begin, 3), round((done - self._last_row) / max(now - self._then, 1e-9), 1)
         self._last_row, self._then = done, now
-        mine = [self._row(done, name, step, seconds, speed) for name, step in zip(self._names, steps, strict=True)]
+        settled = [t.settle().get(t.steps, step) for t, step in zip(trainees, steps, strict=True)]
+        mine = [self._row(done, name, step, seconds, speed) for name, step in zip(self._names, settled, strict=True)]
         gathered = self._ranks.gather(mine)
         if gathered is None:
             return []

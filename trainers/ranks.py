@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from saezoo.errors import TrainingError, UsageError
 
@@ -28,7 +30,7 @@ _GPU_PATIENCE = timedelta(seconds=50)
 _CPU_PATIENCE = timedelta(minutes=30)
 """gloo notices a dead rank by its closed connection at once; this is for slow ones."""
 _ASK_EVERY = 0.25
-"""Seconds between two questions to all ranks. Each costs all of them a round trip, with 64 more than a step on a GPU."""
+"""Seconds between two questions to all ranks: each goes round through all, which with many takes longer than a step."""
 _MOST_STEPS = 256
 """Between two questions, should the steps become much slower."""
 _TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -52,11 +54,12 @@ class Ranks:
         """Raise UsageError unless the work divides evenly."""
         counts = {"entries": n_entries, "features": d_sae}
         what, n = "SAEs" if self.share == "entries" else "features", counts.pop(self.share)
+        what = what[:-1] if n == 1 else what
         if n % self.size:
             near = max(size for size in range(1, self.size) if n % size == 0)
             ways = [f"use {near} of them" if near > 1 else "use one process"]
             ways += [f"--share {other}" for other, count in counts.items() if count % self.size == 0]
-            raise UsageError(f"{n} {what} do not divide among {self.size} ranks; {', or '.join(ways)}")
+            raise UsageError(f"{n} {what} cannot be divided among {self.size} ranks; {', or '.join(ways)}")
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Raise TrainingError, on every rank, unless all have been given the same."""
@@ -97,9 +100,9 @@ class Ranks:
         if self.size == 1:
             return x_NLD
         if self.share == "features":
-            gathered = x_NLD.new_empty(self.size * len(x_NLD), *x_NLD.shape[1:])
-            dist.all_gather_into_tensor(gathered, x_NLD.contiguous())
-            return gathered
+            gathered = x_NLD.new_empty(self.size, *x_NLD.shape)
+            dist.all_gather(list(gathered), x_NLD.contiguous())
+            return gathered.flatten(0, 1)
         parts = torch.stack(x_NLD.chunk(self.size, dim=1))  # one for each rank
         received = torch.empty_like(parts)
         dist.all_to_all_single(received, parts)
@@ -181,7 +184,7 @@ def join(device: str, share: Share) -> tuple[Ranks, str]:
 
     Raises UsageError for what torchrun was not told rightly, TrainingError if the others do not appear.
     """
-    size = int(os.environ.get("WORLD_SIZE") or 1)
+    size = started_together()
     if size == 1:
         return Ranks(), device
     missing = [name for name in _TORCHRUN if name not in os.environ]
@@ -191,12 +194,16 @@ def join(device: str, share: Share) -> tuple[Ranks, str]:
         device = _own_gpu(device, int(os.environ["LOCAL_RANK"]))
     backend, patience = ("gloo", _CPU_PATIENCE) if device == "cpu" else ("nccl", _GPU_PATIENCE)
     try:
-        dist.init_process_group(backend, timeout=patience)
+        store, rank, _ = next(rendezvous("env://", timeout=patience))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps this store when it starts the ranks again, and in it the addresses of the dead ones.
+            store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         cpu = None if device == "cpu" else dist.new_group(backend="gloo", timeout=_CPU_PATIENCE)
     except (RuntimeError, ValueError) as error:
         leave()
         raise TrainingError(f"the {size} ranks do not come together ({first_line(error)}); start all of them") from None
-    return Ranks(dist.get_rank(), size, share, cpu), device
+    return Ranks(rank, size, share, cpu), device
 
 
 def _own_gpu(device: str, local_rank: int) -> str:
@@ -208,6 +215,11 @@ def _own_gpu(device: str, local_rank: int) -> str:
         raise UsageError(f"rank {local_rank} of this machine has no GPU, it has {found}; lower --nproc-per-node")
     torch.cuda.set_device(local_rank)
     return f"cuda:{local_rank}"
+
+
+def started_together() -> int:
+    """Processes that torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def leave() -> None:
@@ -223,5 +235,5 @@ def may_be_restarted() -> bool:
 
 def first_line(error: Exception) -> str:
     """What went wrong, without where in the library."""
-    line = str(error).strip().split("\n")[0]
-    return line[line.find("] ") + 2 :] if line.startswith("[") else line
+    sentence = str(error).strip().split("\n")[0].split(". ")[0]
+    return sentence[sentence.find("] ") + 2 :] if sentence.startswith("[") else sentence

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -150,7 +151,8 @@ def train(
         run, feed = _set_up(job, lm, cache, saved, ranks, hooks)
         run.schedule = schedule or checkpoint.Schedule()
         log = Log(folder, job.tokens, [entry.name for entry in ranks.entries(job.entries)], run.done, ranks)
-        begin, first, cost, ask = time.monotonic(), run.done, None, Question(ranks)
+        begin, first, cost = time.monotonic(), run.done, None
+        ask, due = Question(ranks), False
         with _StopSignal() as stop:
             while run.done < job.tokens:
                 x_nLD = next(run.buffer)
@@ -159,7 +161,7 @@ def train(
                 run.done += len(x_nLD)
                 run.cursor = feed.cursor
 
-                for row in log.rows(run.done, steps):
+                for row in log.rows(run.done, steps, run.trainees):
                     hooks.on_row(row)
                 seconds, trained = time.monotonic() - begin, run.done - first
                 names = tuple(entry.name for entry in ranks.entries(job.entries))
@@ -168,10 +170,10 @@ def train(
                         run.done, job.tokens, names, steps, run.trainees, seconds, trained, cost, run.schedule.share()
                     )
                 )
-                due_here = ranks.rank == 0 and run.buffer.drained and run.schedule.due()
-                stopping, due = ask(stop.requested, due_here)
-                if (stopping or due) and run.done < job.tokens:
-                    cost = _save(job, run, folder, identity, ranks) or cost
+                stopping, found_due = ask(stop.requested, ranks.rank == 0 and run.schedule.due())
+                due = due or found_due
+                if (stopping or (due and run.buffer.drained)) and run.done < job.tokens:
+                    cost, due = _save(job, run, folder, identity, ranks) or cost, False
                 if stopping and run.done < job.tokens:
                     raise TrainingError(
                         f"stopped at {run.done:,} of {job.tokens:,} tokens; the same command with --resume goes on"
@@ -223,7 +225,10 @@ def _set_up(
         starts = [_b_dec(recipe, _layer(buffer.storage, i)) for i in range(len(mine))]
     else:
         starts = [torch.zeros(first.d_in, device=lm.device) for _ in mine]
-    trainees = [_new_trainee(job, *pair, ranks, hooks) for pair in zip(mine, starts, strict=True)]
+    trainees = [
+        new_trainee(entry, recipe, job.product, start, seed=job.seed, ranks=ranks, note=hooks.note)
+        for entry, start in zip(mine, starts, strict=True)
+    ]
     run = _Run(trainees, buffer, generator, feed.cursor, checkpoint.Schedule())
     if saved is not None:
         gathering.restore(saved, run.trainees, buffer, generator, lm.device, ranks)
@@ -238,12 +243,25 @@ def _b_dec(recipe: Recipe, storage_ND: Tensor) -> Tensor:
     return storage_ND.mean(0) if recipe.b_dec_init == "mean" else torch.zeros_like(storage_ND[0])
 
 
-def _new_trainee(job: Job, entry: Entry, b_dec_D: Tensor, ranks: Ranks, hooks: Hooks) -> Trainee:
+def new_trainee(
+    entry: Entry,
+    recipe: Recipe,
+    product: Product,
+    b_dec_D: Tensor,
+    *,
+    seed: int = 0,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    note: Callable[[str], None] = lambda message: None,
+) -> Trainee:
     """An untrained SAE; its random start depends on the seed and its layer, not on what trains beside it."""
-    generator = torch.Generator().manual_seed(job.seed * 1009 + entry.layer)
+    generator = torch.Generator().manual_seed(seed * 1009 + entry.layer)
     features = ranks.features(entry.d_sae)
-    parameters = initial_parameters(entry.d_sae, b_dec_D, generator, job.recipe.encoder_init, features)
-    return Trainee(parameters, job.recipe, product=job.product, ranks=ranks, note=hooks.note)
+    parameters = initial_parameters(entry.d_sae, b_dec_D, generator, recipe.encoder_init, features)
+    if product == "half" and b_dec_D.is_cuda and not ranks.shares_features and find_spec("triton") is not None:
+        from saezoo.trainers.fused import FusedTrainee
+
+        return FusedTrainee(parameters, recipe, note=note)
+    return Trainee(parameters, recipe, product=product, ranks=ranks, note=note)
 
 
 def _save(job: Job, run: _Run, folder: Path, identity: dict[str, Any], ranks: Ranks) -> checkpoint.Cost | None:

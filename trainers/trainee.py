@@ -198,6 +198,8 @@ class Trainee:
             except RuntimeError as error:
                 if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
                     raise
+            if self._ranks.shares_features:  # to begin again, all would have to
+                raise TrainingError(f"out of memory on {x_BD.device}; train fewer layers at once, or on more ranks")
             if self.block // 2 < _SMALLEST_BLOCK:
                 raise TrainingError(
                     f"out of memory on {x_BD.device}, even {self.block} features at a time; train fewer layers at once"
@@ -259,6 +261,10 @@ class Trainee:
         self.log_sparsity_F = (frequency_F + 1e-10).log10().float()
         self.window_fires_F.zero_()
         self.window_tokens = 0
+
+    def settle(self) -> dict[int, StepLog]:
+        """Wait for all steps so far; the logs, by number of the step, of those that had to be taken again."""
+        return {}
 
     def state(self) -> State:
         """Everything that the next step depends on. The tensors are the SAE's own, not copies."""

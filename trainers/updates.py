@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saezoo.trainers.kernels import EXTRA, Pairs, Weights, jit, nominating, rows, tiles
+from saezoo.trainers.codes import _EXTRA
+from saezoo.trainers.kernels import Pairs, Weights, jit, nominating, rows, tiles
 
 BLOCK = 128
 """A feature with more pairs than this has blocks of as many summed by other programs: a feature that fires on every
@@ -95,10 +96,10 @@ def count(ends_F1: Tensor, since_F: Tensor, window_F: Tensor, frozen: Tensor) ->
 
 
 def update_decoder(weights: Weights, moments: Moments, sums: Sums, adam: Adam, l1: float, frozen: Tensor) -> None:
-    """Adam on W_dec, from W_dec / norm and without the gradient along it if normalised, else with L1's; new norms."""
+    """Adam on W_dec; if rows count as normalised, from there, and without the gradient along them; else with L1's."""
     pairs, ghosts = sums.pairs, sums.ghosts
-    (B, D), F = sums.grad_BD.shape, len(weights.norm_F)
-    own = (weights.W_dec_FD, *moments, weights.norm_F)
+    (B, D), F = sums.grad_BD.shape, len(weights.b_enc_F)
+    own = (weights.W_dec_FD, *moments)
     summed = (sums.key_N, sums.order_N, sums.ends_F1, pairs.value_N, sums.grad_BD, sums.blocks_2CD[0], sums.f_F)
     ghost = (sums.ends_F1, sums.f_F) if ghosts is None else (ghosts.row_F, ghosts.W_dec_SD)
     options = {"NORMALISED": weights.normalised, **_options(sums, adam)}
@@ -110,12 +111,12 @@ def update_encoder(
 ) -> None:
     """Adam on W_enc and b_enc; scaled = `codes.nominating_weights` of the new ones, whose zeros must be there."""
     pairs, ghosts = sums.pairs, sums.ghosts
-    (B, D), F = sums.inputs_BD.shape, len(weights.norm_F)
+    (B, D), F = sums.inputs_BD.shape, len(weights.b_enc_F)
     own = (weights.W_enc_FD, *W_moments, weights.b_enc_F, *b_moments, scaled_FK)
     summed = (sums.key_N, sums.order_N, sums.ends_F1, pairs.slope_N, sums.inputs_BD, sums.blocks_2CD[1], sums.slope_F)
     ghost = (sums.ends_F1, sums.slope_F) if ghosts is None else (ghosts.row_F, ghosts.W_enc_SD)
     options = {"ULP": torch.finfo(scaled_FK.dtype).eps, **nominating(D), **_options(sums, adam)}
-    _update_encoder[(F,)](frozen, *own, *summed, *ghost, adam.step_size, adam.root, B, D, D + EXTRA, **options)
+    _update_encoder[(F,)](frozen, *own, *summed, *ghost, adam.step_size, adam.root, B, D, D + _EXTRA, **options)
 
 
 def update_bias(
@@ -249,7 +250,6 @@ def _update_decoder(
     W_dec,
     m,
     v,
-    norm,
     key,
     pair,
     ends,
@@ -283,14 +283,14 @@ def _update_decoder(
         row = tl.load(ghost_row + feature).to(tl.int64)
         gradient_D += tl.load(ghost_W + row * D + d, mask=inside & (row >= 0), other=0.0)
     w_D = tl.load(W_dec + at_D, mask=inside, other=0.0)
+    norm = tl.sqrt(tl.sum(w_D * w_D, axis=0))
     if NORMALISED:
-        w_D = w_D / tl.load(norm + feature)
+        w_D = w_D / norm
         gradient_D -= tl.sum(gradient_D * w_D, axis=0) * w_D
     else:
-        gradient_D += l1 * tl.load(f_F + feature) / tl.load(norm + feature) * w_D
+        gradient_D += l1 * tl.load(f_F + feature) / norm * w_D
     w_D = _adam(w_D, gradient_D, m, v, at_D, inside, step_size, root, BETA1, BETA2, EPS)
     tl.store(W_dec + at_D, w_D, mask=inside)
-    tl.store(norm + feature, tl.sqrt(tl.sum(w_D * w_D, axis=0)))
 
 
 @jit
