@@ -241,8 +241,8 @@ def copied(state: State) -> State:
 def test_same_start_same_bits_also_after_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the ways alternate, by the density of two steps before."""
     monkeypatch.setattr(fused, "LAG", 2)
-    first, second, third = (pair("bug", dense_above=0.3)[0] for _ in range(3))
-    x = batches(1, 0.2, 20, 0.2, 20, 0.2, 20)
+    first, second, third = (pair("bug", dense_above=0.4)[0] for _ in range(3))
+    x = batches(1, 1, 1, 20, 1, 1, 1)
     for x_BD in x:
         first.step(x_BD)
     for x_BD in x[:4]:
