@@ -101,21 +101,14 @@ def test_a_feature_that_may_be_dead_but_is_not_changes_no_bit() -> None:
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 
 
-def test_first_step_is_that_of_2024(monkeypatch: pytest.MonkeyPatch) -> None:
-    golden = load_file(GOLDEN / "train_feb2024.safetensors", device=str(DEVICE))
-    monkeypatch.setattr(updates, "BLOCK", 128)
-    trainee = golden_trainee(golden, "off")
-    trainee.step(golden["in.X"][0])
-    wanted = Parameters(*(golden[f"off.f32.step001.{name}"] for name in Parameters._fields))
-    assert worst_relative(trainee.parameters, wanted) < 1e-4
-    assert torch.equal(trainee.since_fired_F, golden["off.f32.steps_since_fired"][0].long())
-
-
 @pytest.mark.parametrize("ghost, variant", [("bug", "buggy"), ("fixed", "fixed")])
 def test_step_101_is_that_of_2024_with_its_ghosts(ghost: Mode, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     golden = load_file(GOLDEN / "train_feb2024.safetensors", device=str(DEVICE))
     monkeypatch.setattr(updates, "BLOCK", 128)
-    trainee = golden_trainee(golden, ghost)
+    begin = Parameters(*(golden["in.b_dec_init" if name == "b_dec" else f"in.{name}"] for name in Parameters._fields))
+    sizes = {"lr": 0.002, "l1_coefficient": 0.012, "dead_after_steps": 20, "sampling_window_steps": 50}
+    chosen = recipe(ghost, **sizes, lr_warmup_steps=0, l1_warmup_steps=0)
+    trainee = FusedTrainee(begin, chosen, dense_above=1.0)
     prefix, tensors = f"{variant}.f64.step100", trainee.state().tensors
     for name in Parameters._fields:
         names = {name: f"{prefix}.{name}"}
@@ -129,12 +122,6 @@ def test_step_101_is_that_of_2024_with_its_ghosts(ghost: Mode, variant: str, mon
     wanted = Parameters(*(golden[f"{variant}.f64.step101.{name}"].float() for name in Parameters._fields))
     assert worst_relative(trainee.parameters, wanted) < 1e-4
     assert torch.equal(trainee.since_fired_F, golden[f"{variant}.f64.steps_since_fired"][100].long())
-
-
-def golden_trainee(golden: dict[str, Tensor], ghost: Mode) -> FusedTrainee:
-    begin = Parameters(*(golden["in.b_dec_init" if name == "b_dec" else f"in.{name}"] for name in Parameters._fields))
-    sizes = {"lr": 0.002, "l1_coefficient": 0.012, "dead_after_steps": 20, "sampling_window_steps": 50}
-    return FusedTrainee(begin, recipe(ghost, **sizes, lr_warmup_steps=0, l1_warmup_steps=0), dense_above=1.0)
 
 
 def worst_relative(found: Parameters, wanted: Parameters) -> float:

@@ -66,12 +66,14 @@ class Dense:
             yield features, self._encode(features) if self._whole_BF is None else self._whole_BF
 
     def decode(self, W_dec_FD: Tensor) -> Tensor:
+        """As `Code` says."""
         x_hat_BD = torch.zeros_like(self._x_BD)
         for features, f_BC in self._blocks():
             x_hat_BD.addmm_(f_BC, W_dec_FD[features])
         return x_hat_BD
 
     def gradients(self, grad_BD: Tensor, W_dec_FD: Tensor, l1_F: Tensor) -> Gradients:
+        """As `Code` says."""
         found = Gradients(*map(torch.empty_like, (self._W_enc_FD, self._b_enc_F, W_dec_FD)))
         for features, f_BC in self._blocks():
             torch.mm(f_BC.T, grad_BD, out=found.W_dec_FD[features])
@@ -93,11 +95,13 @@ class Sparse:
         self.sums_F = _segment_sums(value_N, self._ends_F1)
 
     def decode(self, W_dec_FD: Tensor) -> Tensor:
+        """As `Code` says."""
         order_N = torch.sort(self._token_N, stable=True).indices
         ends_B1 = _ends(torch.bincount(self._token_N, minlength=len(self._x_BD)))
         return weighted_sums(W_dec_FD, self._feature_N[order_N], self._value_N[order_N], ends_B1)
 
     def gradients(self, grad_BD: Tensor, W_dec_FD: Tensor, l1_F: Tensor) -> Gradients:
+        """As `Code` says."""
         grad_N = sampled(W_dec_FD, grad_BD, self._ends_F1, self._token_N) + l1_F[self._feature_N]
         return Gradients(
             weighted_sums(self._x_BD, self._token_N, grad_N, self._ends_F1),
