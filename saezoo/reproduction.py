@@ -187,7 +187,7 @@ def _train(
     """The trained SAEs, and what there is to say about how it went."""
     flops = flops_per_token(job.entries, lm) / ranks.size
     last: list[Progress] = []
-    sinks: list[Sinks] = []
+    sinks = _open_sinks(job, out, resume, means) if ranks.rank == 0 else None
 
     def step(progress: Progress) -> None:
         last[:] = [progress]
@@ -196,28 +196,27 @@ def _train(
         on_step(Seen(progress, progress.trained / progress.seconds * flops / peak))
 
     def row(found: Row) -> None:
-        if not sinks:
-            sinks.append(_open_sinks(job, out, found.tokens - job.recipe.batch_size, means))
         values = {key: float(value) for key, value in vars(found).items() if key not in ("tokens", "layer")}
-        sinks[0].log(found.tokens, found.layer, values)
+        if sinks is not None:
+            sinks.log(found.tokens, found.layer, values)
 
     hooks = Hooks(step, row, options.note if ranks.rank == 0 else lambda message: None)
     try:
         trainees = train(job, lm, out, resume=resume, ranks=ranks, hooks=hooks)
     finally:
-        for sink in sinks:
-            sink.close()
+        if sinks is not None:
+            sinks.close()
     return trainees, _account(last[0], flops, peak, lm) if last else {}
 
 
-def _open_sinks(job: Job, out: Path, resumed_at: int, means: Means) -> Sinks:
+def _open_sinks(job: Job, out: Path, resume: bool, means: Means) -> Sinks:
     return open_sinks(
         out,
         tensorboard=means.tensorboard,
         wandb_project=means.wandb,
         run_name=out.name,
         config=job.facts(),
-        resumed_at=max(0, resumed_at),
+        resumed_at=checkpoint.newest(out) if resume else 0,
     )
 
 

@@ -135,7 +135,7 @@ BURST = (0.2, 0.3, 0.3, 40, 0.3, 0.3, 0.3)
 @pytest.mark.parametrize("settled_after", [4, 6, 7])
 @pytest.mark.parametrize("mode", ["fixed", "standard"])
 def test_overflow_freezes_and_the_frozen_steps_are_taken_again(mode: Mode, settled_after: int) -> None:
-    """The fourth step freezes, at whose start a window closes; and another before the seventh."""
+    """The fourth step freezes, at whose start a window closes."""
     mine, theirs = pair(mode, dense_above=0.5, l1_coefficient=1e-4, dead_after_steps=4, sampling_window_steps=4)
     logs: dict[int, StepLog] = {}
     for step, x_BD in enumerate(batches(*BURST), start=1):

@@ -67,11 +67,12 @@ def limited_step(product: str, d_sae: int, megabytes: int) -> subprocess.Complet
     if not Path("/proc/self/statm").is_file():
         pytest.skip("no limit can be set here")
     environment = {**os.environ, "PYTHONPATH": str(Path(saezoo.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # else glibc keeps some of what is given back
     command = [sys.executable, __file__, product, str(d_sae), str(megabytes)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize(("product", "megabytes"), [("dense", 400), ("dense", 60), ("full", 22)])
+@pytest.mark.parametrize(("product", "megabytes"), [("dense", 60), ("full", 22)])
 def test_blocks_become_smaller_and_the_gradients_stay(product: str, megabytes: int) -> None:
     """Of 16,384 features: f alone would take 256 MB."""
     done = limited_step(product, 16_384, megabytes)
@@ -84,11 +85,10 @@ def test_blocks_become_smaller_and_the_gradients_stay(product: str, megabytes: i
     assert notes[-1].endswith(f"with {int(block):,} features at a time")
 
 
-@pytest.mark.parametrize(("d_sae", "smallest"), [(16_384, 256), (400, 400)])
-def test_the_end_of_the_rope(d_sae: int, smallest: int) -> None:
-    done = limited_step("dense", d_sae, 3)
+def test_the_end_of_the_rope() -> None:
+    done = limited_step("dense", 16_384, 3)
     assert (done.returncode, done.stdout) == (1, "")
-    message = f"out of memory on cpu, even {smallest} features at a time; train fewer layers at once"
+    message = "out of memory on cpu, even 256 features at a time; train fewer layers at once"
     assert done.stderr.splitlines() == [message]
 
 

@@ -125,6 +125,11 @@ def load(folder: Path, identity: Mapping[str, Any], note: Callable[[str], None] 
     raise TrainingError(f"nothing to resume: no checkpoint in {folder}; leave --resume out to start")
 
 
+def newest(folder: Path) -> int:
+    """Tokens done at the newest checkpoint in `folder`; 0 if there is none."""
+    return max(_found(folder), default=0)
+
+
 def remove(folder: Path) -> None:
     """Delete every checkpoint in `folder`, if there are any. Raises SaezooError if that is not allowed."""
     try:
