@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import yaml
 
@@ -57,7 +58,7 @@ def _collection(job: Job, recipe_name: str, results: list[Result]) -> dict[str, 
             "name": entry.name,
             "hook": entry.hook,
             "neuronpedia": None,
-            "published": {key: float(f"{result.metrics[key].value:.6g}") for key in _PUBLISHED},
+            "published": {key: _six_digits(result.metrics[key].value) for key in _PUBLISHED},
             "files": {},
         }
         for entry, result in zip(job.entries, results, strict=True)
@@ -81,3 +82,8 @@ def _collection(job: Job, recipe_name: str, results: list[Result]) -> dict[str, 
         },
         "saes": saes,
     }
+
+
+def _six_digits(value: float) -> float | None:
+    """None where there is no value: some metrics have none on very little text."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

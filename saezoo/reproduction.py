@@ -6,7 +6,7 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +20,13 @@ from saezoo.entries import Entry, Recipe
 from saezoo.errors import UsageError
 from saezoo.evals import Subject
 from saezoo.evals import evaluate as run_evals
-from saezoo.lm import LanguageModel, load_language_model
+from saezoo.lm import LanguageModel, depth_of, load_language_model
 from saezoo.overlay import overlay
 from saezoo.registry import read_registry
 from saezoo.report import write_report
 from saezoo.results import Result
 from saezoo.sae import SAE, SAEConfig
-from saezoo.sinks import Sinks, open_sinks
+from saezoo.sinks import Sinks, check_installed, open_sinks
 from saezoo.tokens import TextSource
 from saezoo.trainers import checkpoint
 from saezoo.trainers.log import Row
@@ -104,6 +104,7 @@ def reproduce(
         ranks.check(len(job.entries), job.entries[0].d_sae)
         if ranks.rank == 0:
             _check_folder(out, resume)
+            rows = _unseen_rows(job, lm, eval_tokens)  # now, so that text that cannot be read is noticed
         peak = matrix_peak(lm.device, job.product)
         begin = time.monotonic()
         resume = resume and not (may_be_restarted() and _holds_nothing(out))
@@ -114,7 +115,7 @@ def reproduce(
         saes = [_finished(entry, trainee, out) for entry, trainee in zip(job.entries, trainees, strict=True)]
         checkpoint.remove(out)
         facts = run | {"wall time": f"{time.monotonic() - begin:,.0f} s, before the evaluation"}
-        results = _measure(saes, job, lm, eval_tokens, on_eval, options)
+        results = _measure(saes, job, lm, *rows, on_eval, options)
         _describe(job, recipe_name, out, results, facts)
         return results
     finally:
@@ -143,6 +144,7 @@ def _prepare(
 ) -> tuple[Job, str, LanguageModel]:
     """The job, its recipe's name, and the language model."""
     check_device(options.device)
+    check_installed(tensorboard=means.tensorboard, wandb=means.wandb is not None)
     registry = read_registry(options.registry)
     entries = registry.find(name, layers)
     first = entries[0]
@@ -159,7 +161,18 @@ def _prepare(
         torch.bfloat16 if means.model_dtype == "bfloat16" or (means.model_dtype == "auto" and on_gpu) else torch.float32
     )
     lm = load_language_model(fetch_model(first.model, options), device=options.device, dtype=dtype)
+    _check_fit(entries, lm)
     return job, recipe or first.recipe_name, lm
+
+
+def _check_fit(entries: Sequence[Entry], lm: LanguageModel) -> None:
+    for entry in entries:
+        depth_of(entry.hook, lm.n_layers)
+        name = f"{entry.collection} {entry.name}"
+        if entry.d_in != lm.d_model:
+            raise UsageError(f"{name} reads width {entry.d_in}, the model has {lm.d_model}")
+        if entry.context_size > lm.n_positions:
+            raise UsageError(f"{name} wants rows of {entry.context_size} tokens, the model takes {lm.n_positions}")
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -256,22 +269,33 @@ def _finished(entry: Entry, trainee: Trainee, out: Path) -> SAE:
     return sae
 
 
+def _unseen_rows(job: Job, lm: LanguageModel, eval_tokens: int) -> tuple[str, text.Rows]:
+    """What the result will be measured on: files of the data set that training never reads, if the registry names
+    some, else the bundled held-out text."""
+    first, dataset = job.entries[0], job.source.dataset
+    source = text.builtin("heldout")
+    if dataset is not None and dataset.heldout_files is not None:
+        heldout = dataclasses.replace(dataset, data_files=dataset.heldout_files)
+        source = TextSource(f"{job.source.name}:heldout", dataset=heldout)
+    context = first.context_size
+    found = packed(source, lm, context, first.definitions.protocol)
+    return source.name, text.collect(found, tokens=eval_tokens, context=context, source=source.name)
+
+
 def _measure(
     saes: list[SAE],
     job: Job,
     lm: LanguageModel,
-    eval_tokens: int,
+    source_name: str,
+    rows: text.Rows,
     on_eval: Callable[[int, int], None] | None,
     options: Options,
 ) -> list[Result]:
-    """Evaluate by the protocol of the published numbers, on text that was not trained on."""
+    """Evaluate by the protocol of the published numbers, in float32."""
     first = job.entries[0]
-    protocol, context = first.definitions.protocol, first.context_size
     if lm.dtype != torch.float32:
         lm = load_language_model(fetch_model(first.model, options), device=options.device)
-    source = _unseen(job)
-    rows = text.collect(packed(source, lm, context, protocol), tokens=eval_tokens, context=context, source=source.name)
-    total = len(rows) * context
+    total = len(rows) * first.context_size
     subjects = [
         Subject(sae, entry.collection, entry.name, entry.published)
         for sae, entry in zip(saes, job.entries, strict=True)
@@ -280,21 +304,12 @@ def _measure(
         subjects,
         lm,
         rows,
-        protocol=protocol,
-        text=source.name,
+        protocol=first.definitions.protocol,
+        text=source_name,
         model=first.model_name,
         seed=options.seed,
         on_progress=None if on_eval is None else lambda done: on_eval(done, total),
     )
-
-
-def _unseen(job: Job) -> TextSource:
-    """Files of the data set that training never reads, if the registry names some; else the bundled held-out text."""
-    dataset = job.source.dataset
-    if dataset is None or dataset.heldout_files is None:
-        return text.builtin("heldout")
-    heldout = dataclasses.replace(dataset, data_files=dataset.heldout_files)
-    return TextSource(f"{job.source.name}:heldout", dataset=heldout)
 
 
 def _describe(job: Job, recipe_name: str, out: Path, results: list[Result], facts: dict[str, str]) -> None:

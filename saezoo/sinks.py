@@ -61,6 +61,14 @@ def open_sinks(
     return Sinks(writer_class(str(folder / "tensorboard"), purge_step=purge_step), run)
 
 
+def check_installed(*, tensorboard: bool, wandb: bool) -> None:
+    """Raise UsageError if a package that is asked for is missing."""
+    if tensorboard:
+        _import_tensorboard()
+    if wandb:
+        _import_wandb()
+
+
 def _import_tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -69,11 +77,16 @@ def _import_tensorboard() -> Any:
     return SummaryWriter
 
 
-def _start_wandb(folder: Path, project: str, name: str, config: Mapping[str, Any]) -> Any:
+def _import_wandb() -> Any:
     try:
         import wandb
     except ImportError:
         raise UsageError("wandb is not installed; pip install 'saezoo[wandb]'") from None
+    return wandb
+
+
+def _start_wandb(folder: Path, project: str, name: str, config: Mapping[str, Any]) -> Any:
+    wandb = _import_wandb()
     folder.mkdir(parents=True, exist_ok=True)  # wandb would silently take a temporary folder instead
     # console: else it would take over stderr and upload whatever the terminal shows.
     settings = wandb.Settings(console="off")

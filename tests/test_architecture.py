@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,18 +45,18 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
-    """Modules of saezoo that `tree` imports anywhere, also inside functions: `saezoo.evals.counts` -> `evals`."""
+    """Modules of saezoo that `tree` imports anywhere, also inside functions: `trainers.codes`, or `evals.Subject`."""
+    packages = ("saezoo", "saezoo.trainers", "saezoo.evals")
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports confuse the links"
-            names = [
-                f"{node.module}.{alias.name}" if node.module == "saezoo" else str(node.module) for alias in node.names
-            ]
+            inside = node.module in packages
+            names = [f"{node.module}.{alias.name}" if inside else str(node.module) for alias in node.names]
         else:
             continue
-        yield from (name.split(".")[1] for name in names if name.startswith("saezoo."))
+        yield from (name.removeprefix("saezoo.") for name in names if name.startswith("saezoo."))
 
 
 def functions(tree: ast.AST) -> Iterator[tuple[str, Function, bool]]:
@@ -75,11 +77,38 @@ def test_every_module_has_its_place() -> None:
 def test_imports_only_go_down(name: str) -> None:
     part = name.split(".")[0]
     for other in imported(TREES[name]):
-        own = part == other and part in ("trainers", "evals")
-        assert own or RANK[other] < RANK[part], f"{name} may not import saezoo.{other}"
+        theirs = other.split(".")[0]
+        own = part == theirs and part in ("trainers", "evals")
+        assert own or RANK[theirs] < RANK[part], f"{name} may not import saezoo.{other}"
 
 
-@pytest.mark.parametrize("name", ["cli", "__init__", "loading", "hub", "registry", "files", "strict_yaml", "results"])
+def test_there_are_no_circles() -> None:
+    """Inside trainers/ and evals/ the order is free, but there is one."""
+    needs = {name: set(imported(tree)) & set(MODULES) for name, tree in TREES.items()}
+    assert set(graphlib.TopologicalSorter(needs).static_order()) == set(MODULES)
+
+
+PAGE = ROOT / "docs" / "architecture.md"
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="not a checkout")
+def test_the_page_shows_this_order() -> None:
+    section = PAGE.read_text(encoding="utf-8").split("## Who may import whom")[1]
+    lines = section.split("```")[1].strip().splitlines()
+    shown = [re.sub(r"\(.*\)|\|", "", line).split() for line in lines]
+    assert [set(names) for names in reversed(shown)] == [set(names.split()) for names in LAYERS[:-1]]
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="not a checkout")
+def test_the_page_names_every_module() -> None:
+    page = PAGE.read_text(encoding="utf-8").split("## Data flow")[0]
+    names = {name.split(".")[-1] for name in MODULES} - {"__init__", "__main__"}
+    assert not [name for name in sorted(names) if f"{name}.py`" not in page]
+
+
+@pytest.mark.parametrize(
+    "name", ["cli", "__init__", "loading", "hub", "registry", "files", "results", "report", "live"]
+)
 def test_torch_is_not_imported_at_the_top(name: str) -> None:
     """`import saezoo` and looking things up take milliseconds."""
     heavy = {"torch", "transformers", "pandas", "numpy", "datasets", "safetensors", "transformer_lens", "rich"}

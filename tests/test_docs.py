@@ -221,7 +221,7 @@ def test_every_registry_key_is_documented(cls: Any) -> None:
     assert not [field.name for field in dataclasses.fields(cls) if f"`{field.name}`" not in page]
 
 
-RECIPES = ["feb2024", "post"]
+RECIPES = ["feb2024", "post", "standard"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

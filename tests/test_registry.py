@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import re
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,9 @@ def test_recipe_of_february_2024() -> None:
         b_dec_init="geometric_median",
         skip_documents=2,
         source=(),
+        loss="feb2024",
+        l1_warmup_steps=0,
+        encoder_init="kaiming",
     )
 
 
@@ -122,6 +126,30 @@ def test_recipe_of_the_post_differs_in_four_things() -> None:
     ran, told = (dataclasses.asdict(BUILT_IN.recipe(name)) for name in ("feb2024", "post"))
     different = {key: told[key] for key in ran if ran[key] != told[key] and key != "source"}
     assert different == {"lr_warmup_steps": 5000, "buffer": "fixed", "ghost": "fixed", "skip_documents": 0}
+
+
+def test_a_recipe_that_says_nothing_else_is_of_february_2024(tmp_path: Path) -> None:
+    """Files written before the recipes had these keys mean what they meant."""
+    (tmp_path / "mine.yaml").write_text(OVERLAY)
+    recipe = read_registry(tmp_path / "mine.yaml").recipe("mine")
+    assert (recipe.loss, recipe.l1_warmup_steps, recipe.encoder_init) == ("feb2024", 0, "kaiming")
+
+
+@pytest.mark.parametrize(("name", "small"), [("post", "tiny"), ("standard", "tiny-standard")])
+def test_small_recipes_differ_in_numbers_alone(name: str, small: str) -> None:
+    large, tiny = (dataclasses.asdict(BUILT_IN.recipe(each)) for each in (name, small))
+    words = [key for key, value in large.items() if isinstance(value, str)]
+    assert {key: tiny[key] for key in words} == {key: large[key] for key in words}
+    assert tiny["tokens"] < large["tokens"]
+
+
+def test_text_is_held_out_of_the_training_text() -> None:
+    """Of the 80 files of OpenWebText, 0 to 69 are trained on and the last is held out."""
+    dataset = BUILT_IN.datasets["openwebtext"]
+    names = [f"plain_text/train-{i:05d}-of-00080.parquet" for i in range(80)]
+    trained = fnmatch.filter(names, dataset.data_files or "")
+    assert trained == names[:70]
+    assert fnmatch.filter(names, dataset.heldout_files or "") == [names[79]]
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=entry_id)
@@ -349,7 +377,19 @@ def test_the_overlay_of_the_next_tests_is_right(tmp_path: Path) -> None:
         (" tokens: 1", " tokens: 0", "4: recipes.mine: `tokens` must be above 0, not 0"),
         (" tokens: 1", " tokens: 3e8", "4: recipes.mine.tokens: must be a whole number, not `3e8`"),
         ("batch_size: 1", "batch_size: -1", "4: recipes.mine: `batch_size` must be above 0, not -1"),
-        ("lr_warmup_steps: 0", "lr_warmup_steps: -1", "4: recipes.mine: `lr_warmup_steps` and `skip_documents` must"),
+        ("lr_warmup_steps: 0", "lr_warmup_steps: -1", "4: recipes.mine: `lr_warmup_steps` must be 0 or more, not -1"),
+        ("skip_documents: 0", "skip_documents: -1", "4: recipes.mine: `skip_documents` must be 0 or more, not -1"),
+        (
+            "skip_documents: 0",
+            "skip_documents: 0, l1_warmup_steps: -1",
+            "4: recipes.mine: `l1_warmup_steps` must be 0 or more, not -1",
+        ),
+        (
+            "buffer: bug, ghost: off",
+            "buffer: bug, ghost: bug, loss: standard",
+            "4: recipes.mine: `ghost` must be off with the loss `standard`, not bug",
+        ),
+        ("ghost: off", "ghost: off, loss: l2", "5: recipes.mine.loss: must be one of feb2024, standard, not `l2`"),
         ("ghost: off", "ghost: maybe", "5: recipes.mine.ghost: must be one of off, bug, fixed, not `maybe`"),
     ],
 )

@@ -231,16 +231,14 @@ class FusedTrainee(Trainee):
         self._window_closed_at = self.steps
 
     def _storage(self, batch: int) -> kernels.Pairs:
-        """For two to four times the pairs expected; as before while that is enough, and not far too much."""
+        """For two to four times the pairs expected: by powers of two, so that it seldom changes."""
         F, block = len(self.b_enc_F), updates.BLOCK
         expected, all_pairs = max(1, round(self._outlook.nominated * batch)), -(-batch * F // block) * block
-        pairs = self._pairs
-        has = len(pairs.key_N) if pairs is not None and len(pairs.start_B) == batch else 0
-        if pairs is None or not min(1.5 * expected, all_pairs) <= has <= max(8 * expected, block):
+        capacity = min(max(block, 1 << (2 * expected - 1).bit_length()), all_pairs)
+        if self._pairs is None or (len(self._pairs.start_B), len(self._pairs.key_N)) != (batch, capacity):
             self._pairs = None  # frees it first
-            capacity = max(block, 1 << (2 * expected - 1).bit_length())
-            pairs = self._pairs = kernels.Pairs(batch, F, min(capacity, all_pairs), self.b_enc_F.device)
-        return pairs
+            self._pairs = kernels.Pairs(batch, F, capacity, self.b_enc_F.device)
+        return self._pairs
 
     def _fused_step(self, x_BD: Tensor) -> StepLog:
         recipe, weights, pairs = self.recipe, self._weights, self._storage(len(x_BD))
