@@ -31,7 +31,8 @@ OPTIONS = {
     "get": "--layout --with-model --offline",
     "eval": "--tokens --protocol --model --layout --dtype --batch-size --csv --json --text --dataset --device --seed"
     " --offline",
-    "reproduce": "--tokens --out --recipe --resume --eval-tokens --text --dataset --device --seed --offline",
+    "reproduce": "--tokens --out --recipe --resume --plan --eval-tokens --product --model-dtype --share --tensorboard"
+    " --wandb --text --dataset --device --seed --offline",
 }
 ABOUT = "collection layer hook model protocol text context rows tokens documents seed device dtype"
 VERSIONS = "torch_version transformers_version saezoo_version python_version"
@@ -184,6 +185,11 @@ def test_info_json() -> None:
         (["reproduce", "gpt2-small-res", "0", "--offline", "--out", "absent"], "dataset:openwebtext is streamed from"),
         (["reproduce", "gpt2-small-res", "0", "--recipe", "x"], "no recipe `x`; known: feb2024, post"),
         (["reproduce", "gpt2-small-res", "0", "--out", __file__], "Invalid value for '--out': Directory '"),
+        (["reproduce", "gpt2-small-res", "0", "--product", "x"], "Invalid value for '--product': 'x' is not one of"),
+        (["reproduce", "gpt2-small-res", "0", "--model-dtype", "float16"], "Invalid value for '--model-dtype': 'fl"),
+        (["reproduce", "gpt2-small-res", "0", "--share", "x"], "Invalid value for '--share': 'x' is not one of 'entr"),
+        (["reproduce", "gpt2-small-res", "0", "--plan", "--offline"], "dataset:openwebtext is streamed from the hub;"),
+        (["reproduce", "tiny-res", "0", "--plan", "--tokens", "99"], "99 tokens are fewer than the shuffle buffer's 1"),
     ],
 )
 def test_requests_that_are_wrong(arguments: list[str], message: str) -> None:
@@ -430,7 +436,7 @@ def test_an_sae_of_another_model(command: list[object]) -> None:
 
 def test_a_run_folder_that_is_not_empty(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "log.csv").write_text("")
+    (tmp_path / "run" / "eval.csv").write_text("")
     message = refused(saezoo("reproduce", "gpt2-small-res", 0, "--out", tmp_path / "run"), 2)
     assert message == f"{tmp_path}/run is not empty; choose another --out, or --resume the run in it"
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.csv"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["eval.csv"]

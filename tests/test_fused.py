@@ -21,7 +21,7 @@ from saezoo.trainers.trainee import Parameters, State, StepLog, Trainee
 Mode = Literal["off", "bug", "fixed", "standard"]
 MODES: tuple[Mode, ...] = ("off", "bug", "fixed", "standard")
 GOLDEN = Path(__file__).parent / "golden"
-D, F = 4, 20
+D, F = 4, 16
 GPU_ONLY = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
 
 
@@ -102,27 +102,26 @@ def test_a_feature_that_may_be_dead_but_is_not_changes_no_bit() -> None:
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("ghost, variant", [("bug", "buggy"), ("fixed", "fixed")])
-def test_step_101_is_that_of_2024_with_its_ghosts(ghost: Mode, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_101_is_that_of_2024_with_its_ghosts(monkeypatch: pytest.MonkeyPatch) -> None:
     golden = load_file(GOLDEN / "train_feb2024.safetensors", device=str(DEVICE))
     monkeypatch.setattr(updates, "BLOCK", 128)
     begin = Parameters(*(golden["in.b_dec_init" if name == "b_dec" else f"in.{name}"] for name in Parameters._fields))
     sizes = {"lr": 0.002, "l1_coefficient": 0.012, "dead_after_steps": 20, "sampling_window_steps": 50}
-    chosen = recipe(ghost, **sizes, lr_warmup_steps=0, l1_warmup_steps=0)
+    chosen = recipe("bug", **sizes, lr_warmup_steps=0, l1_warmup_steps=0)
     trainee = FusedTrainee(begin, chosen, dense_above=1.0)
-    prefix, tensors = f"{variant}.f64.step100", trainee.state().tensors
+    prefix, tensors = "buggy.f64.step100", trainee.state().tensors
     for name in Parameters._fields:
         names = {name: f"{prefix}.{name}"}
         names |= {f"{name}.{kind}": f"{prefix}.adam_{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq")}
         for mine, theirs in names.items():
             tensors[mine] = golden[theirs].T if name == "W_enc" else golden[theirs]
-    tensors["since_fired"] = golden[f"{variant}.f64.steps_since_fired"][99]
+    tensors["since_fired"] = golden["buggy.f64.steps_since_fired"][99]
     facts = Trainee.state(trainee).facts
     trainee.restore(State(tensors, {**facts, "steps": 100}))
     assert int(trainee.step(golden["in.X"][100]).dead) > 0
-    wanted = Parameters(*(golden[f"{variant}.f64.step101.{name}"].float() for name in Parameters._fields))
+    wanted = Parameters(*(golden[f"buggy.f64.step101.{name}"].float() for name in Parameters._fields))
     assert worst_relative(trainee.parameters, wanted) < 1e-4
-    assert torch.equal(trainee.since_fired_F, golden[f"{variant}.f64.steps_since_fired"][100].long())
+    assert torch.equal(trainee.since_fired_F, golden["buggy.f64.steps_since_fired"][100].long())
 
 
 def worst_relative(found: Parameters, wanted: Parameters) -> float:
@@ -163,8 +162,8 @@ def test_nothing_changes_on_the_device_while_frozen() -> None:
     assert not all(torch.equal(tensor, before[name]) for name, tensor in Trainee.state(mine).tensors.items())
 
 
-@pytest.mark.parametrize("settled_after", [None, 4, 5])
-def test_when_the_host_learns_of_it_changes_no_bit(settled_after: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("settled_after", [4, 5])
+def test_when_the_host_learns_of_it_changes_no_bit(settled_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An overflow in the third step, noticed in the sixth or before."""
     monkeypatch.setattr(fused, "LAG", 3)
     results = []
@@ -205,14 +204,13 @@ def test_dense_and_sparse_steps_alternate(mode: Mode, monkeypatch: pytest.Monkey
     same(mine, theirs)
 
 
-@pytest.mark.parametrize("mode", ["bug", "standard"])
-def test_one_goes_on_where_the_other_stopped(mode: Mode) -> None:
+def test_one_goes_on_where_the_other_stopped() -> None:
     x = batches(1, 1, 1, 1, 1, 1)
-    mine, theirs = pair(mode)
+    mine, theirs = pair("bug")
     for x_BD in x[:3]:
         mine.step(x_BD)
         theirs.step(x_BD)
-    of_mine, of_theirs = pair(mode)[::-1]
+    of_mine, of_theirs = pair("bug")[::-1]
     of_mine.restore(copied(mine.state()))
     of_theirs.restore(copied(theirs.state()))
     for x_BD in x[3:]:
