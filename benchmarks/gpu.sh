@@ -14,7 +14,7 @@ nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 python3 -c 'import torch, triton, transformers; print(torch.__version__, triton.__version__, transformers.__version__)'
 
 step "kernels and fused step against plain PyTorch, on the GPU"
-timeout 150 python3 -m pytest -q -x -p no:cacheprovider tests/test_kernels.py tests/test_fused.py || status=1
+timeout 150 python3 -m pytest -q -x -p no:cacheprovider -o filterwarnings= tests/test_kernels.py tests/test_fused.py || status=1
 
 step "one step"
 timeout 120 python3 benchmarks/train_step.py --device cuda --steps 20 --csv "$results/train_step.csv" \
