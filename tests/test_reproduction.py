@@ -209,7 +209,7 @@ def test_a_missing_package_is_noticed_before_the_training(overlay: Path, tmp_pat
     out, told = process.communicate()
     assert (process.returncode, out) == (2, "")
     assert told == "Error: TensorBoard is not installed; pip install 'saezoo[tensorboard]'\n"
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
