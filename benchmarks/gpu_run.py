@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_run.py --layers 10 --seconds 20      (or --layers 0-11)
 
-What is timed is the steady state of `train`: the real feed, buffer and step on random tokens, with encoder biases set so
-that L0 is about 50, since a short run would otherwise see only the dense first steps. Appends to results/gpu_run.csv.
+What is timed is the steady state of `train`: the real feed, buffer and step on random tokens, with encoder biases set
+so that L0 is about 50, since a short run would otherwise see only the dense first steps. Appends to
+results/gpu_run.csv.
 Neither TransformerLens nor datasets is needed. --device cpu runs the same on a CPU, for a check of this script.
 """
 
@@ -79,7 +80,8 @@ def run(layers: str, args: argparse.Namespace) -> dict[str, Any]:
         permute=lambda n: torch.randperm(n, generator=generator, device=device),
     ).fill()
     product = best_product(device)
-    trainees = [new_trainee(entry, recipe, product, buffer.storage[:, i].float().mean(0)) for i, entry in enumerate(entries)]
+    means = buffer.storage.float().mean(0)
+    trainees = [new_trainee(entry, recipe, product, means[i].clone()) for i, entry in enumerate(entries)]
     for i, trainee in enumerate(trainees):
         thin_out(trainee, buffer.storage[:4096, i].float())
 
