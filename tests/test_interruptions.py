@@ -15,7 +15,9 @@ from click.testing import CliRunner
 from smallrun import arguments, start, wait_for_rows, write_overlay, write_text
 
 from saezoo.cli import main
+from saezoo.reproduction import reproduce
 from saezoo.trainers.log import Row
+from saezoo.workflows import Options
 
 TOKENS = 40_000
 BINARY = ["sae_weights.safetensors", "sparsity.safetensors"]
@@ -147,6 +149,21 @@ def test_killed_before_the_first_checkpoint(
     assert here.resume().told.endswith(f"Error: {message}\n")
     assert CliRunner().invoke(main, here.words()).exit_code == 0
     assert results(here.run) == uninterrupted
+
+
+def test_interrupted_while_evaluating(stopped: Place, uninterrupted: dict[str, bytes]) -> None:
+    """The last checkpoint stays until all that a run leaves is there."""
+
+    def on_eval(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    options = Options(text=stopped.folder / "text.txt", registry=stopped.folder / "overlay.yaml")
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("small", out=stopped.run, tokens=TOKENS, resume=True, on_eval=on_eval, options=options)
+    assert checkpoints(stopped.run)
+    assert stopped.resume().code == 0
+    assert results(stopped.run) == uninterrupted
+    assert (stopped.run / "report.md").is_file()
 
 
 def other_recipe(here: Place) -> list[str]:

@@ -22,7 +22,7 @@ from saezoo.shards import TokenCache
 from saezoo.tokens import pack_feb2024
 from saezoo.trainers.ranks import Ranks
 
-_CALLS_AT_ONCE = 8
+CALLS_AT_ONCE = 8
 """Store calls in one forward pass on a GPU: 8 x 4,096 tokens fill it. On a CPU one call is enough to be efficient."""
 
 
@@ -124,7 +124,7 @@ class Feed:
 
     def _run(self) -> None:
         """One forward pass on each rank, of as many store calls as fit."""
-        at_once = 1 if self._side is None else _CALLS_AT_ONCE
+        at_once = 1 if self._side is None else CALLS_AT_ONCE
         size = min(at_once * self._ranks.size, self._per_refill - self._made)
         calls = [next(self._calls) for _ in range(size)]
         self._made = (self._made + size) % self._per_refill

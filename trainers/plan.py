@@ -15,6 +15,7 @@ import torch
 from saezoo.activations import residuals
 from saezoo.entries import Entry, Recipe
 from saezoo.lm import LanguageModel, depth_of
+from saezoo.trainers.feed import CALLS_AT_ONCE
 from saezoo.trainers.ranks import Ranks
 from saezoo.trainers.trainee import Product, Trainee, initial_parameters
 
@@ -153,10 +154,13 @@ def _memory(mine: Sequence[Entry], recipe: Recipe, lm: LanguageModel, ranks: Ran
     first = mine[0]
     model: int = sum(parameter.numel() * parameter.element_size() for parameter in lm.hf_model.parameters())
     buffer = 5 * _half_buffer(len(mine), recipe, lm, first.context_size)  # two of them mixed, their mix, and one kept
+    # A block of the model holds about four tensors as wide as its hidden layer, 4 D.
+    calls = CALLS_AT_ONCE if lm.device.type == "cuda" else 1
+    forward = 4 * calls * recipe.store_rows * first.context_size * 4 * lm.d_model * lm.dtype.itemsize
     shared = ranks.size if ranks.shares_features else 1
     states = (12 * _weights(mine) + 4 * _weights(mine[:1])) // shared  # weights and two moments; one SAE's gradient
     dense = 2 * 4 * recipe.batch_size * first.d_sae // shared
-    return model + buffer + states + dense
+    return model + forward + buffer + states + dense
 
 
 def _checkpoint(entries: Sequence[Entry], recipe: Recipe, lm: LanguageModel) -> int:
