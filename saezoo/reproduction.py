@@ -100,10 +100,12 @@ def reproduce(
     ranks, device = join(options.device, means.share)
     options = dataclasses.replace(options, device=device)
     try:
+        if ranks.rank == 0:
+            _check_folder(out, resume)
         job, recipe_name, lm = _prepare(name, layers, tokens, recipe, means, options)
         ranks.check(len(job.entries), job.entries[0].d_sae)
         if ranks.rank == 0:
-            _check_folder(out, resume)
+            files.check_writable(out / "run.json")
             rows = _unseen_rows(job, lm, eval_tokens)  # now, so that text that cannot be read is noticed
         peak = matrix_peak(lm.device, job.product)
         begin = time.monotonic()
@@ -178,7 +180,6 @@ def _check_fit(entries: Sequence[Entry], lm: LanguageModel) -> None:
 def _check_folder(out: Path, resume: bool) -> None:
     if not resume and out.is_dir() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; choose another --out, or --resume the run in it")
-    files.check_writable(out / "run.json")
 
 
 def _holds_nothing(out: Path) -> bool:

@@ -18,7 +18,7 @@ from saezoo.activations import residuals
 from saezoo.entries import Recipe
 from saezoo.errors import TrainingError
 from saezoo.lm import LanguageModel
-from saezoo.shards import TokenCache
+from saezoo.shards import Ids, TokenCache
 from saezoo.tokens import pack_feb2024
 from saezoo.trainers.ranks import Ranks
 
@@ -53,19 +53,30 @@ def store_calls(
     """Calls of the token store of February 2024 from `start` on, over as many epochs of the text as are wanted."""
     epoch, first = start
     while True:
+        documents = _Counted(cache.documents(first))
         skip = recipe.skip_documents if first == 0 else 0
-        packed = pack_feb2024(
-            cache.documents(first), bos=bos, context=context, rows_per_call=recipe.store_rows, skip=skip
-        )
-        document = first
-        for rows in packed:
-            document = first + int(rows.documents_RT.max()) + 1
-            yield Call(rows.tokens_RT, Cursor(epoch, document))
-        if document == 0:
+        calls = 0
+        for rows in pack_feb2024(documents, bos=bos, context=context, rows_per_call=recipe.store_rows, skip=skip):
+            calls += 1
+            yield Call(rows.tokens_RT, Cursor(epoch, first + documents.taken))
+        if first == 0 and calls == 0:
             need = recipe.store_rows * context
             raise TrainingError(f"{name} holds fewer than the {need:,} tokens of one store call; give more")
+        note(f"end of {name} after {first + documents.taken:,} documents; epoch {epoch + 2} begins")
         epoch, first = epoch + 1, 0
-        note(f"end of {name} after {document:,} documents; epoch {epoch + 1} begins")
+
+
+class _Counted(Iterator[Ids]):
+    """Counts what is taken: a call may end by dropping a document that it holds no token of."""
+
+    def __init__(self, documents: Iterator[Ids]) -> None:
+        self._documents = documents
+        self.taken = 0
+
+    def __next__(self) -> Ids:
+        ids = next(self._documents)
+        self.taken += 1
+        return ids
 
 
 class _Block(NamedTuple):
