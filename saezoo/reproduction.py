@@ -100,12 +100,12 @@ def reproduce(
     ranks, device = join(options.device, means.share)
     options = dataclasses.replace(options, device=device)
     try:
-        if ranks.rank == 0:
-            _check_folder(out, resume)
-        job, recipe_name, lm = _prepare(name, layers, tokens, recipe, means, options)
+        job, recipe_name = _job(name, layers, tokens, recipe, means, options)
         ranks.check(len(job.entries), job.entries[0].d_sae)
         if ranks.rank == 0:
-            files.check_writable(out / "run.json")
+            _check_folder(out, resume)  # before the model is, perhaps, downloaded
+        lm = _language_model(job, means, options)
+        if ranks.rank == 0:
             rows = _unseen_rows(job, lm, eval_tokens)  # now, so that text that cannot be read is noticed
         peak = matrix_peak(lm.device, job.product)
         begin = time.monotonic()
@@ -115,10 +115,10 @@ def reproduce(
         if ranks.rank > 0:
             return []
         saes = [_finished(entry, trainee, out) for entry, trainee in zip(job.entries, trainees, strict=True)]
-        checkpoint.remove(out)
         facts = run | {"wall time": f"{time.monotonic() - begin:,.0f} s, before the evaluation"}
         results = _measure(saes, job, lm, *rows, on_eval, options)
         _describe(job, recipe_name, out, results, facts)
+        checkpoint.remove(out)  # not before: an evaluation that was interrupted can be come back to
         return results
     finally:
         leave()
@@ -137,14 +137,15 @@ def plan(
     means, options = means or Means(), options or Options()
     if started_together() > 1:
         raise UsageError("--plan measures one process; run it without torchrun")
-    job, _, lm = _prepare(name, layers, tokens, recipe, means, options)
+    job, _ = _job(name, layers, tokens, recipe, means, options)
+    lm = _language_model(job, means, options)
     return job, make_plan(job.entries, job.recipe, job.tokens, lm, job.product, Ranks())
 
 
-def _prepare(
+def _job(
     name: str, layers: str | int, tokens: int | None, recipe: str | None, means: Means, options: Options
-) -> tuple[Job, str, LanguageModel]:
-    """The job, its recipe's name, and the language model."""
+) -> tuple[Job, str]:
+    """The job, and its recipe's name."""
     check_device(options.device)
     check_installed(tensorboard=means.tensorboard, wandb=means.wandb is not None)
     registry = read_registry(options.registry)
@@ -158,13 +159,15 @@ def _prepare(
     product = best_product(torch.device(options.device)) if means.product == "auto" else means.product
     job = Job(tuple(entries), chosen, source, chosen.tokens if tokens is None else tokens, options.seed, product)
     job.check()
-    on_gpu = options.device.startswith("cuda")
-    dtype = (
-        torch.bfloat16 if means.model_dtype == "bfloat16" or (means.model_dtype == "auto" and on_gpu) else torch.float32
-    )
-    lm = load_language_model(fetch_model(first.model, options), device=options.device, dtype=dtype)
-    _check_fit(entries, lm)
-    return job, recipe or first.recipe_name, lm
+    return job, recipe or first.recipe_name
+
+
+def _language_model(job: Job, means: Means, options: Options) -> LanguageModel:
+    half = means.model_dtype == "bfloat16" or (means.model_dtype == "auto" and options.device.startswith("cuda"))
+    folder = fetch_model(job.entries[0].model, options)
+    lm = load_language_model(folder, device=options.device, dtype=torch.bfloat16 if half else torch.float32)
+    _check_fit(job.entries, lm)
+    return lm
 
 
 def _check_fit(entries: Sequence[Entry], lm: LanguageModel) -> None:
@@ -178,8 +181,9 @@ def _check_fit(entries: Sequence[Entry], lm: LanguageModel) -> None:
 
 
 def _check_folder(out: Path, resume: bool) -> None:
-    if not resume and out.is_dir() and any(out.iterdir()):
+    if not resume and out.is_dir() and not _holds_nothing(out):
         raise UsageError(f"{out} is not empty; choose another --out, or --resume the run in it")
+    files.check_writable(out / "run.json")
 
 
 def _holds_nothing(out: Path) -> bool:
@@ -238,6 +242,7 @@ def _account(progress: Progress, flops: float, peak: float, lm: LanguageModel) -
     speed = progress.trained / progress.seconds
     saved = progress.saved
     return {
+        "language model": str(lm.dtype).removeprefix("torch."),
         "speed": f"{speed:,.0f} tokens/s, {speed * flops / peak:.0%} of the measured matrix-product peak of"
         f" {peak / 1e9:,.0f} GFLOP/s",
         "machine": _machine(lm.device),

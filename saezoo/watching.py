@@ -43,7 +43,7 @@ class Watch:
         layers = zip(progress.names, progress.logs, progress.trainees, strict=True)
         self._view(
             TrainingStatus(
-                done=progress.done,
+                done=min(progress.done, progress.total),  # the last step may overshoot
                 total=progress.total,
                 tokens_per_second=progress.trained / progress.seconds,
                 peak_fraction=seen.peak_fraction,

@@ -249,7 +249,7 @@ def killer(folder: Path, model: Path, text: Path) -> None:
 
     Prints how many kills there were, and during how many a checkpoint was half written.
     """
-    lm, plan = load_language_model(model), job(text_file(text), tokens=12_000)
+    lm, plan = load_language_model(model), job(text_file(text), tokens=24_000)
     list(encode(lm.tokenizer, ["warm"]))
     random_moment = random.Random(0)
     kills = torn = 0
@@ -307,7 +307,7 @@ def test_kills_at_random_moments_leave_the_same_bits(
     assert process.returncode == 0, process.stderr
     status, kills, torn = map(int, process.stdout.split())
     assert status == 0 and kills >= 20 and torn >= 1
-    wanted = train(job(text, tokens=12_000), lm, tmp_path / "whole")
+    wanted = train(job(text, tokens=24_000), lm, tmp_path / "whole")
     for found, trainee in zip(torch.load(tmp_path / "killed" / "final.pt"), wanted, strict=True):
         assert equal(found, bits(trainee))
     assert lines(tmp_path / "killed" / "log.csv") == lines(tmp_path / "whole" / "log.csv")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-_SPARSE_BLOCK = 2048
+SPARSE_BLOCK = 2048
 """Features at once on a CPU: their products [2048, 4096] stay near the cores."""
 
 
@@ -55,7 +55,8 @@ class Dense:
         self._x_BD, self._W_enc_FD, self._b_enc_F = x_BD, W_enc_FD, b_enc_F
         self._block = block
         self._whole_BF = self._encode(slice(0, len(W_enc_FD))) if block >= len(W_enc_FD) else None
-        parts = [((f_BC > 0).sum(0), f_BC.sum(0)) for _, f_BC in self._blocks()]
+        # sign().sum(): the sum of booleans would hold a 64-bit integer for each pair.
+        parts = [(f_BC.sign().sum(0).long(), f_BC.sum(0)) for _, f_BC in self._blocks()]
         self.fires_F, self.sums_F = (torch.cat(part) for part in zip(*parts, strict=True))
 
     def _encode(self, features: slice) -> Tensor:
@@ -110,7 +111,7 @@ class Sparse:
         )
 
 
-def sparse(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, block: int = _SPARSE_BLOCK) -> Sparse:
+def sparse(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, block: int = SPARSE_BLOCK) -> Sparse:
     """The pairs with f_bi > 0, from the encoder's product in full precision."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for features in blocks(len(W_enc_FD), block):
@@ -121,7 +122,7 @@ def sparse(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, block: int = _SPARSE
     return Sparse(x_BD, feature_N, token_N, value_N, len(W_enc_FD))
 
 
-def sparse_nominated(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, block: int = _SPARSE_BLOCK) -> Sparse:
+def sparse_nominated(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, block: int = SPARSE_BLOCK) -> Sparse:
     """The same pairs, nominated by a product in half precision and decided in full precision."""
     dtype = torch.float16 if x_BD.is_cuda else torch.bfloat16
     x_BK = nominating_inputs(x_BD, dtype)

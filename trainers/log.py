@@ -57,7 +57,8 @@ class Log:
         rows: list[list[str]] = []
         if done and self.path.is_file():
             with self.path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= done]
+                whole = (row for row in csv.reader(file) if len(row) == len(fields(Row)))  # the last may be cut off
+                rows = [row for row in whole if row[0].isdigit() and int(row[0]) <= done]
         with files.replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([[field.name for field in fields(Row)], *rows])
 
@@ -79,8 +80,11 @@ class Log:
         if gathered is None:
             return []
         rows = mine if self._ranks.shares_features else [row for part in gathered for row in part]
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(list(asdict(row).values()) for row in rows)
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(list(asdict(row).values()) for row in rows)
+        except OSError as error:
+            raise files.cannot_write(self.path, error) from None
         return rows
 
     def _row(self, done: int, name: str, step: StepLog, seconds: float, speed: float) -> Row:

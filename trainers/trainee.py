@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saezoo.entries import Recipe
 from saezoo.errors import TrainingError
-from saezoo.trainers.codes import Code, Dense, Gradients, sparse, sparse_nominated
+from saezoo.trainers.codes import SPARSE_BLOCK, Code, Dense, Gradients, sparse, sparse_nominated
 from saezoo.trainers.objective import (
     Losses,
     feb2024,
@@ -254,7 +254,7 @@ class Trainee:
         if self.density > self._dense_above:
             return Dense(inputs_BD, self.W_enc_FD, self.b_enc_F, self.block)
         encode = sparse if self._product == "full" else sparse_nominated
-        return encode(inputs_BD, self.W_enc_FD, self.b_enc_F)
+        return encode(inputs_BD, self.W_enc_FD, self.b_enc_F, min(self.block, SPARSE_BLOCK))
 
     def _close_window(self) -> None:
         frequency_F = self.window_fires_F / max(1, self.window_tokens)
