@@ -257,17 +257,22 @@ def killer(folder: Path, model: Path, text: Path) -> None:
         process = os.fork()
         if process == 0:
             resume = any(folder.glob("checkpoint-*"))
-            slowly = Hooks(on_step=lambda progress: time.sleep(0.002))
+            # Slow enough that 25 kills fit into a run on any machine.
+            slowly = Hooks(on_step=lambda progress: time.sleep(0.01)) if kills < 25 else Hooks()
             trainees = train(plan, lm, folder, resume=resume, schedule=often(), hooks=slowly)
             torch.save([bits(trainee) for trainee in trainees], folder / "final.pt")
             os._exit(0)
+        before = set(folder.glob(".checkpoint-*"))  # the next save clears these away
         if kills < 25:
             time.sleep(random_moment.uniform(0.02, 0.25))
+            deadline = time.monotonic() + 1
+            while kills % 2 and set(folder.glob(".checkpoint-*")) <= before and time.monotonic() < deadline:
+                pass  # every other one: until a checkpoint is being written
             os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
         if status == signal.SIGKILL:
             kills += 1
-            torn += any(folder.glob(".checkpoint-*"))
+            torn += not set(folder.glob(".checkpoint-*")) <= before
         else:
             print(status, kills, torn)
             return
