@@ -11,20 +11,17 @@ turns --rounds times; medians go to the CSV. The documents' ids must be the same
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from common import append, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -93,7 +90,6 @@ def record(path: Path, text: str, found: dict[str, Timed], rounds: int) -> None:
     """Print the measurement and append it to the CSV."""
     documents, tokens, _ = found["first"].contents
     row: dict[str, object] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "text": text,
         "documents": documents,
         "tokens": tokens,
@@ -106,17 +102,10 @@ def record(path: Path, text: str, found: dict[str, Timed], rounds: int) -> None:
         "loop_over_first_cpu": round(found["loop"].cpu_s / found["first"].cpu_s, 2),
         "cpu_threads": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **versions(*PACKAGES),
     }
     print(" ".join(f"{key}={value}" for key, value in row.items()))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    append(path, row)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from saezoo.trainers.trainee import StepLog, Trainee
 
 _ROWS = 500
 _EXPLODED = 1e3
-"""Times the lowest loss so far. Spikes of a hundred times are seen in runs that recover."""
+"""Times the lowest loss so far. A judgement, not a measurement: wide, so that a spike which passes ends no run."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -112,8 +112,8 @@ class _Run:
     buffer: ActivationBuffer
     generator: torch.Generator
     cursor: Cursor
-    schedule: checkpoint.Schedule
     done: int = 0
+    schedule: checkpoint.Schedule = field(default_factory=checkpoint.Schedule)
 
 
 def train(
@@ -229,7 +229,7 @@ def _set_up(
         new_trainee(entry, recipe, job.product, start, seed=job.seed, ranks=ranks, note=hooks.note)
         for entry, start in zip(mine, starts, strict=True)
     ]
-    run = _Run(trainees, buffer, generator, feed.cursor, checkpoint.Schedule())
+    run = _Run(trainees, buffer, generator, feed.cursor)
     if saved is not None:
         gathering.restore(saved, run.trainees, buffer, generator, lm.device, ranks)
         run.done = saved.done
