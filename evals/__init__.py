@@ -1,5 +1,6 @@
 """Evaluation: `evaluate` measures any number of SAEs of one model in a single pass over the text."""
 
-from saezoo.evals.evaluate import Subject, evaluate
+from saezoo.evals.evaluate import evaluate
+from saezoo.evals.tally import Subject
 
 __all__ = ["Subject", "evaluate"]

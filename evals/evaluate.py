@@ -1,57 +1,36 @@
 """The pass over the text: one clean forward for all SAEs, then each resumes from its own depth.
 
-Shapes: R rows in all, B rows of a batch, T positions, n scored tokens of the batch, D d_in, F d_sae, V vocabulary,
-N blocks of documents, G groups of documents.
+Shapes: R rows in all, B rows of a batch, T positions, n scored tokens of the batch, M targets of all rows, D d_in,
+F d_sae, V vocabulary, N blocks of documents, G groups of documents.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from saezoo.codes import Code, Dense, sparse, sparse_nominated
 from saezoo.entries import Protocol
-from saezoo.errors import TextError, UsageError
-from saezoo.evals import counts, intervals
-from saezoo.evals.metrics import PER_TOKEN
-from saezoo.geometric_median import geometric_median
+from saezoo.errors import SaezooError, TextError, UsageError
+from saezoo.evals.head import Clean, Head
+from saezoo.evals.intervals import GROUPS
+from saezoo.evals.scoring import Scoring
+from saezoo.evals.summary import summarise
+from saezoo.evals.tally import BLOCKS, Places, Subject, Tally
 from saezoo.lm import LanguageModel, depth_of
-from saezoo.results import Measured, Result
+from saezoo.products import half_is_faster
+from saezoo.results import Result
 from saezoo.sae import SAE
 from saezoo.tokens import Rows
 
-_BLOCKS = 2048  # documents are folded into at most this many blocks: bounds memory, keeps the bootstrap valid
-_LOGITS_BYTES = 128 << 20  # of one batch, float32; sets the default batch size
+_CPU_BATCH, _GPU_BATCH = 4096, 32_768  # tokens
 _SAMPLE = 250_000  # activations for the geometric median, the post's number
-_SAMPLE_BYTES = 1 << 30  # of all SAEs together: twelve of GPT-2 small keep 29,127 each
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An SAE to be evaluated, and what to call it."""
-
-    sae: SAE
-    collection: str
-    layer: str
-    published: dict[str, float | None] = field(default_factory=dict)
-    """Published values measured by the protocol that will be used."""
-
-
-@dataclass
-class _Tally:
-    """The running sums of one SAE."""
-
-    depth: int
-    sums_NK: Tensor
-    x_sum_ND: Tensor
-    fires_GF: Tensor
-    sample: list[Tensor]
+_SAMPLE_BYTES = 512 << 20  # of all SAEs together: twelve of GPT-2 small keep 14,563 each
+_SPARSE_BELOW = 0.1  # fraction of pairs above 0
+_PROBE = 64  # tokens that tell
 
 
 def evaluate(
@@ -73,168 +52,177 @@ def evaluate(
         rows: packed tokens, at most as long as the model's positions.
         protocol: `standard` neither replaces nor scores special tokens (BOS); `feb2024` replaces and scores all.
         seed: of the bootstrap draws and of the sample for the geometric median.
-        batch_size: rows at once; by default as many as fit 128 MB of logits.
+        batch_size: rows at once; by default 4,096 tokens on a CPU and 32,768 on a GPU.
         on_progress: called with the number of tokens done after each batch.
 
-    Raises UsageError if an SAE does not fit the model.
+    Raises UsageError if an SAE does not fit the model, SaezooError if activations or reconstructions are not finite.
     """
-    run = _Pass(subjects, lm, rows, protocol, seed)
-    step = batch_size or max(1, min(64, _LOGITS_BYTES // (rows.tokens_RT.shape[1] * lm.vocab * 4)))
-    with torch.inference_mode():
-        for start in range(0, len(rows), step):
-            run.add(start, min(start + step, len(rows)))
-            if on_progress is not None:
-                on_progress(min(start + step, len(rows)) * rows.tokens_RT.shape[1])
-        return [run.result(subject, tally, text, model) for subject, tally in zip(subjects, run.tallies, strict=True)]
+    run = Evaluation(subjects, lm, rows, protocol=protocol, seed=seed, batch_size=batch_size)
+    run.go(0, len(rows), on_progress)
+    return run.results(text=text, model=model)
 
 
-class _Pass:
-    """State of one evaluation."""
+class Evaluation:
+    """One evaluation, and what it has seen so far: `tallies`, one for each subject."""
 
     def __init__(
-        self, subjects: Sequence[Subject], lm: LanguageModel, rows: Rows, protocol: Protocol, seed: int
+        self,
+        subjects: Sequence[Subject],
+        lm: LanguageModel,
+        rows: Rows,
+        *,
+        protocol: Protocol,
+        seed: int,
+        batch_size: int | None = None,
     ) -> None:
-        self.subjects, self.lm, self.rows, self.protocol, self.seed = subjects, lm, rows, protocol, seed
-        self.tokens_RT = torch.from_numpy(rows.tokens_RT)
-        special = torch.tensor(sorted(lm.special_ids))
-        self.keep_RT = torch.isin(self.tokens_RT, special)
-        if protocol == "feb2024":
-            self.keep_RT = torch.zeros_like(self.keep_RT)
-        self.block_RT = torch.from_numpy(rows.documents_RT) % _BLOCKS
-        self.sample_RT = self._choose_sample()
-        self.tallies = [self._tally(subject) for subject in subjects]
-        zeros_D = torch.zeros(lm.d_model, dtype=lm.dtype)
-        self.log_zero = {tally.depth: _log_softmax(lm.constant_logits(zeros_D, tally.depth)) for tally in self.tallies}
+        self.subjects, self.lm, self.protocol = subjects, lm, protocol
+        self.scoring = Scoring.of(rows, lm, protocol, seed)
+        context = rows.tokens_RT.shape[1]
+        if context > lm.n_positions:
+            raise UsageError(f"rows of {context} tokens: the model has {lm.n_positions} positions")
+        self.depths = [_depth(subject, lm) for subject in subjects]
+        self.batch = batch_size or max(1, (_GPU_BATCH if lm.device.type == "cuda" else _CPU_BATCH) // context)
+        self.tallies = [Tally.empty(s.sae.config.d_in, s.sae.config.d_sae, context) for s in subjects]
+        room = _SAMPLE_BYTES // (4 * lm.d_model * max(1, len(subjects)))
+        self._sample_RT = self.scoring.sample(min(_SAMPLE, room))
+        with torch.inference_mode():
+            self._head = Head(lm)
+            zero_11D = torch.zeros(1, 1, lm.d_model, dtype=lm.residual_dtype, device=lm.device)
+            self._zero = [self._head.constant(lm.run(zero_11D, depth, lm.n_layers)[0, 0]) for depth in self.depths]
 
-    def _tally(self, subject: Subject) -> _Tally:
-        config = subject.sae.config
-        if config.d_in != self.lm.d_model:
-            raise UsageError(f"{subject.layer}: the SAE reads width {config.d_in}, the model has {self.lm.d_model}")
-        if config.hook is None:
-            raise UsageError(f"{subject.layer}: cfg.json does not say which hook the SAE reads")
-        if self.tokens_RT.shape[1] > self.lm.n_positions:
-            raise UsageError(f"rows of {self.tokens_RT.shape[1]} tokens: the model has {self.lm.n_positions} positions")
-        return _Tally(
-            depth=depth_of(config.hook, self.lm.n_layers),
-            sums_NK=torch.zeros(_BLOCKS, len(PER_TOKEN), dtype=torch.float64),
-            x_sum_ND=torch.zeros(_BLOCKS, config.d_in, dtype=torch.float64),
-            fires_GF=torch.zeros(intervals.GROUPS, config.d_sae, dtype=torch.float64),
-            sample=[],
+    def go(self, start: int, stop: int, on_progress: Callable[[int], None] | None = None) -> None:
+        """Evaluate rows start..stop-1, and say after each batch how many tokens are done."""
+        for first in range(start, stop, self.batch):
+            last = min(first + self.batch, stop)
+            with torch.inference_mode():
+                self._add(first, last)
+            if on_progress is not None:
+                on_progress((last - start) * self.scoring.context)
+
+    def results(self, *, text: str = "", model: str = "") -> list[Result]:
+        """Metrics and intervals, if all rows are in the tallies."""
+        with torch.inference_mode():
+            if not self.scoring.scored_RT.any():
+                raise TextError(f"{text or 'the text'} holds special tokens only; give one with text in it")
+            ce_unigram_N = self.scoring.unigram()
+            found = []
+            for subject, tally, depth in zip(self.subjects, self.tallies, self.depths, strict=True):
+                mean_D = tally.x_sum_ND.sum(0) / tally.column("tokens").sum()
+                ends = {
+                    "ce_zero": self._ce_of_constant(torch.zeros_like(mean_D), depth),
+                    "ce_mean": self._ce_of_constant(mean_D, depth),
+                    "ce_unigram": ce_unigram_N,
+                }
+                found.append(summarise(subject, tally, ends, self.scoring, self.lm, text=text, model=model))
+            return found
+
+    def _add(self, first: int, last: int) -> None:
+        """One batch: the clean model once, then each SAE."""
+        scoring, device = self.scoring, self.lm.device
+        scored_BT = scoring.scored_RT[first:last]
+        residuals = self.lm.residuals(scoring.tokens_RT[first:last].to(device), [*self.depths, self.lm.n_layers])
+        clean = self._head.clean(residuals[self.lm.n_layers][scored_BT.to(device)])
+        _must_be_finite(clean.lse_n, f"the language model's logits are not finite in rows {first} to {last - 1}")
+        target_n, has_target_n = scoring.targets(first, last, device)
+        ce_n = self._head.cross_entropy(clean.h_nD, clean.lse_n, target_n)
+        batch = _Batch(
+            rows=f"rows {first} to {last - 1}",
+            scored_BT=scored_BT.to(device),
+            sampled_n=self._sample_RT[first:last][scored_BT].to(device),
+            places=scoring.places(first, last),
+            target_n=target_n,
+            clean=clean,
+            shared={"tokens": torch.ones_like(ce_n), "targets": has_target_n, "ce_clean": ce_n * has_target_n},
         )
+        for i, depth in enumerate(self.depths):
+            self._add_sae(i, residuals[depth], batch)
 
-    def _choose_sample(self) -> Tensor:
-        """Which scored tokens the geometric median is taken over: a uniform draw, fixed by the seed alone."""
-        scored = (~self.keep_RT).flatten().nonzero().squeeze(1)
-        room = _SAMPLE_BYTES // (4 * self.lm.d_model * max(1, len(self.subjects)))
-        generator = torch.Generator().manual_seed(self.seed)
-        chosen = scored[torch.randperm(len(scored), generator=generator)[: min(_SAMPLE, room)]]
-        mask = torch.zeros(self.keep_RT.numel(), dtype=torch.bool)
-        mask[chosen] = True
-        return mask.view_as(self.keep_RT)
-
-    def add(self, start: int, stop: int) -> None:
-        """Evaluate rows start..stop-1."""
-        device = self.lm.device
-        tokens_BT = self.tokens_RT[start:stop].to(device)
-        residuals = self.lm.residuals(tokens_BT, [*(tally.depth for tally in self.tallies), self.lm.n_layers])
-        log_clean_BTV = _log_softmax(self.lm.logits(residuals[self.lm.n_layers]))
-        p_clean_BTV = log_clean_BTV.exp()
-        ce_clean_BT = _cross_entropy(log_clean_BTV, tokens_BT)
-        for subject, tally in zip(self.subjects, self.tallies, strict=True):
-            resid_BTD = residuals[tally.depth]
-            spliced_BTD = self._add_reconstruction(subject.sae, tally, resid_BTD, slice(start, stop))
-            log_sae_BTV = _log_softmax(self.lm.resume(spliced_BTD, tally.depth))
-            log_zero_V = self.log_zero[tally.depth]
-            per_token = {
-                "ce_clean": ce_clean_BT,
-                "ce_sae": _cross_entropy(log_sae_BTV, tokens_BT),
-                "ce_zero": _cross_entropy(log_zero_V.expand_as(log_clean_BTV), tokens_BT),
-                "kl_sae": _kl(p_clean_BTV, log_clean_BTV, log_sae_BTV),
-                "kl_zero": _kl(p_clean_BTV, log_clean_BTV, log_zero_V.expand_as(log_clean_BTV)),
-            }
-            del log_sae_BTV
-            self._add_losses(tally, per_token, slice(start, stop))
-
-    def _add_reconstruction(self, sae: SAE, tally: _Tally, resid_BTD: Tensor, rows: slice) -> Tensor:
-        """Add what one batch says about one SAE itself; returns the residual with its reconstruction spliced in.
-
-        What is scored is what is replaced, so the SAE runs once.
-        """
-        scored_BT = ~self.keep_RT[rows].to(resid_BTD.device)
-        h_nD = resid_BTD[scored_BT]
-        x_nD = h_nD.to(sae.W_enc.dtype)
-        if sae.config.centre:
-            x_nD = x_nD - x_nD.mean(-1, keepdim=True)
-        f_nF = sae.encode(x_nD)
-        y_nD = sae.decode(f_nF)
-        fires_nF = (f_nF > 0).float()
-        values = reconstruction_values(x_nD, y_nD) | {"l0": fires_nF.sum(-1), "l1": f_nF.sum(-1)}
-        values["tokens"] = torch.ones_like(values["l1"])
-        block_n = self._add_values(tally, values, rows)
-        tally.x_sum_ND.index_add_(0, block_n, x_nD.double().cpu())
-        groups_Gn = F.one_hot(block_n % intervals.GROUPS, intervals.GROUPS).T.to(f_nF.device, torch.float32)
-        tally.fires_GF += (groups_Gn @ fires_nF).double().cpu()
-        tally.sample.append(x_nD[self.sample_RT[rows][scored_BT.cpu()].to(x_nD.device)].float().cpu())
+    def _add_sae(self, i: int, resid_BTD: Tensor, batch: _Batch) -> None:
+        """One SAE on one batch. What is scored is what is replaced, so the SAE runs once."""
+        sae, tally = self.subjects[i].sae, self.tallies[i]
+        h_nD = resid_BTD[batch.scored_BT]
+        _must_be_finite(h_nD, f"the activations at {sae.config.hook} are not finite in {batch.rows}")
+        x_nD, y_nD, code = reconstruct(sae, h_nD)
+        _must_be_finite(y_nD, f"SAE {self.subjects[i].layer} gives values that are not finite: its weights are damaged")
         spliced_BTD = resid_BTD.clone()
-        if sae.config.centre:
-            y_nD = y_nD + h_nD.mean(-1, keepdim=True)
-        spliced_BTD[scored_BT] = y_nD.to(resid_BTD.dtype)
-        return spliced_BTD
-
-    def _add_losses(self, tally: _Tally, per_token: dict[str, Tensor], rows: slice) -> None:
-        """Add the [B, T] losses of the language model."""
-        scored_BT = ~self.keep_RT[rows].to(self.lm.device)
-        has_target_BT = scored_BT.clone()
-        has_target_BT[:, -1] = False
-        losses = per_token | {"targets": has_target_BT}
-        self._add_values(tally, {name: value[scored_BT] for name, value in losses.items()}, rows)
-
-    def _add_values(self, tally: _Tally, values: dict[str, Tensor], rows: slice) -> Tensor:
-        """Add one value per scored token [n] to each sum; returns the block of each token [n]."""
-        block_n = self.block_RT[rows][~self.keep_RT[rows]]
-        for name, value_n in values.items():
-            tally.sums_NK[:, PER_TOKEN.index(name)].index_add_(0, block_n, value_n.double().cpu())
-        return block_n
-
-    def result(self, subject: Subject, tally: _Tally, text: str, model: str) -> Result:
-        """Metrics and intervals from the sums."""
-        sums = {name: tally.sums_NK[:, k] for k, name in enumerate(PER_TOKEN)}
-        if sums["tokens"].sum() == 0:
-            raise TextError(f"{text or 'the text'} holds special tokens only; give one with text in it")
-        mean_D = tally.x_sum_ND.sum(0) / sums["tokens"].sum()
-        sums["ce_mean"] = self._ce_of_constant(mean_D, tally.depth)
-        metrics = intervals.bootstrap(sums, tally.x_sum_ND, seed=self.seed)
-        tokens_G = torch.zeros(intervals.GROUPS, dtype=torch.float64)
-        tokens_G.index_add_(0, torch.arange(_BLOCKS) % intervals.GROUPS, sums["tokens"])
-        metrics |= counts.feature_counts(tally.fires_GF, tokens_G)
-        metrics |= _median_distances(torch.cat(tally.sample), mean_D, subject.sae.b_dec)
-        config = subject.sae.config
-        return Result(
-            collection=subject.collection,
-            layer=subject.layer,
-            hook=config.hook or "",
-            model=model,
-            protocol=self.protocol,
-            text=text,
-            context=self.tokens_RT.shape[1],
-            rows=len(self.rows),
-            tokens=int(sums["tokens"].sum()),
-            documents=len(np.unique(self.rows.documents_RT)),
-            seed=self.seed,
-            device=str(self.lm.device),
-            dtype=str(subject.sae.W_enc.dtype).removeprefix("torch."),
-            versions=_versions(),
-            metrics=metrics,
-            histogram=counts.histogram(tally.fires_GF.sum(0), float(sums["tokens"].sum())),
-            published=subject.published,
+        spliced_BTD[batch.scored_BT] = (y_nD + h_nD.mean(-1, keepdim=True) if sae.config.centre else y_nD).to(
+            h_nD.dtype
         )
+        last_nD = self.lm.run(spliced_BTD, self.depths[i], self.lm.n_layers)[batch.scored_BT]
+        above_n, sum_n = code.per_token()
+        values = batch.shared | self._losses(last_nD, self._zero[i], batch) | reconstruction_values(x_nD, y_nD)
+        groups_n = (batch.places.block_n % GROUPS).to(x_nD.device)
+        tally.add(values | {"l0": above_n, "l1": sum_n}, x_nD, code.fires_in(groups_n, GROUPS), batch.places)
+        tally.sample.append(x_nD[batch.sampled_n].float().cpu())
+
+    def _losses(self, last_nD: Tensor, zero: tuple[Tensor, Tensor], batch: _Batch) -> dict[str, Tensor]:
+        """Per token [n], what the language model loses by the reconstruction, and by nothing in its place."""
+        clean, (h_1D, lse_1) = batch.clean, zero
+        h_nD, lse_n = self._head.changed(last_nD, clean)
+        ce_n = self._head.cross_entropy(h_nD, lse_n, batch.target_n)
+        return {
+            "ce_sae": ce_n * batch.shared["targets"],
+            "kl_sae": self._head.kl(clean, h_nD, lse_n),
+            "kl_zero": self._head.kl(clean, h_1D, lse_1),
+        }
 
     def _ce_of_constant(self, resid_D: Tensor, depth: int) -> Tensor:
-        """Sum per block [N] of the cross-entropy when the residual is `resid_D` at every position."""
-        log_V = _log_softmax(self.lm.constant_logits(resid_D.to(self.lm.dtype), depth)).cpu()
-        scored_RT = (~self.keep_RT)[:, :-1]
-        losses = -log_V[self.tokens_RT[:, 1:]][scored_RT].double()
-        return torch.zeros(_BLOCKS, dtype=torch.float64).index_add_(0, self.block_RT[:, :-1][scored_RT], losses)
+        """Sum per block [N] of the cross-entropy when the residual is `resid_D` at every position: attention over
+        equal values returns that value, so a row of one token tells."""
+        resid_11D = resid_D.to(self.lm.device, self.lm.residual_dtype)[None, None]
+        h_1D, lse_1 = self._head.constant(self.lm.run(resid_11D, depth, self.lm.n_layers)[0, 0])
+        log_p_V = (self._head.u_VD @ h_1D[0]).double().cpu() - lse_1.cpu()
+        target_M, block_M = self.scoring.all_targets()
+        return torch.zeros(BLOCKS, dtype=torch.float64).index_add_(0, block_M, -log_p_V[target_M])
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What all SAEs share of some rows."""
+
+    rows: str
+    scored_BT: Tensor
+    sampled_n: Tensor
+    places: Places
+    target_n: Tensor
+    clean: Clean
+    shared: dict[str, Tensor]
+
+
+def _must_be_finite(tensor: Tensor, message: str) -> None:
+    if not bool(tensor.isfinite().all()):
+        raise SaezooError(f"{message}; their metrics would mean nothing")
+
+
+def _depth(subject: Subject, lm: LanguageModel) -> int:
+    config = subject.sae.config
+    if config.d_in != lm.d_model:
+        raise UsageError(f"{subject.layer}: the SAE reads width {config.d_in}, the model has {lm.d_model}")
+    if config.hook is None:
+        raise UsageError(f"{subject.layer}: cfg.json does not say which hook the SAE reads")
+    return depth_of(config.hook, lm.n_layers)
+
+
+def reconstruct(sae: SAE, h_nD: Tensor) -> tuple[Tensor, Tensor, Code]:
+    """(x, y, features) of residuals h [n, D]: x is what the SAE reads, centred if it wants that, y its reconstruction.
+
+    The same as `sae.decode(sae.encode(h))`, but all behind the encoder's product is taken from the features that fire.
+    """
+    x_nD = h_nD.to(sae.W_enc.dtype)
+    if sae.config.centre:
+        x_nD = x_nD - x_nD.mean(-1, keepdim=True)
+    read_nD = x_nD - sae.b_dec if sae.config.apply_b_dec_to_input else x_nD
+    code = encode(read_nD, sae.W_enc, sae.b_enc)
+    return x_nD, code.decode(sae.W_dec) + sae.b_dec, code
+
+
+def encode(x_nD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor) -> Code:
+    """ReLU(x W_enc + b_enc), by the way that is quick for so many active features."""
+    probe_nF = x_nD[:: max(1, len(x_nD) // _PROBE)] @ W_enc_DF + b_enc_F
+    if (probe_nF > 0).sum() > _SPARSE_BELOW * probe_nF.numel() or not bool(x_nD.isfinite().all()):
+        return Dense(x_nD, W_enc_DF.T, b_enc_F, W_enc_DF.shape[1])
+    nominate = x_nD.dtype == torch.float32 and half_is_faster(x_nD.device)
+    return (sparse_nominated if nominate else sparse)(x_nD, W_enc_DF.T.contiguous(), b_enc_F)
 
 
 def reconstruction_values(x_nD: Tensor, y_nD: Tensor) -> dict[str, Tensor]:
@@ -251,46 +239,3 @@ def reconstruction_values(x_nD: Tensor, y_nD: Tensor) -> dict[str, Tensor]:
         "norm_out": norm_out,
         "norm_ratio": norm_out / norm_in,
     }
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities in float32, or in float64 if the model runs in it."""
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def _cross_entropy(log_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
-    """-log p of the next token at each position [B, T]; 0 at the last, which has none."""
-    loss_BT = -log_BTV[:, :-1].gather(-1, tokens_BT[:, 1:, None])[..., 0]
-    return F.pad(loss_BT, (0, 1))
-
-
-def _kl(p_BTV: Tensor, log_p_BTV: Tensor, log_q_BTV: Tensor) -> Tensor:
-    """KL(p || q) at each position [B, T]; row by row, so that no third tensor of the size of the logits is needed."""
-    rows = zip(p_BTV, log_p_BTV, log_q_BTV, strict=True)
-    return torch.stack([(p_TV * (log_p_TV - log_q_TV)).sum(-1) for p_TV, log_p_TV, log_q_TV in rows])
-
-
-def _median_distances(sample_nD: Tensor, mean_D: Tensor, b_dec_D: Tensor) -> dict[str, Measured]:
-    """Where b_dec lies: distances to the geometric median of x, beside that of the mean."""
-    median_D = geometric_median(sample_nD, ftol=1e-9)
-    spread = (sample_nD - median_D).norm(dim=1).median()
-    to_b_dec = (b_dec_D.float().cpu() - median_D).norm()
-    to_mean = (mean_D.float() - median_D).norm()
-    values = {
-        "gm_distance_b_dec": to_b_dec,
-        "gm_distance_b_dec_relative": to_b_dec / spread,
-        "gm_distance_mean": to_mean,
-        "gm_distance_mean_relative": to_mean / spread,
-        "gm_spread": spread,
-        "gm_sample": torch.tensor(len(sample_nD)),
-    }
-    return {name: Measured(float(value)) for name, value in values.items()}
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "transformers")}
-    try:
-        packages["saezoo"] = version("saezoo")
-    except ImportError:  # PackageNotFoundError: run from a checkout that is not installed
-        packages["saezoo"] = "checkout"
-    return packages | {"python": platform.python_version()}

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saezoo.evals.metrics import METRICS, Sums
-from saezoo.results import Measured
+from saezoo.evals.metrics import BROKEN_DOWN, METRICS, Sums
+from saezoo.results import Measured, measured
 
 DRAWS = 1000
 FEWEST = 10  # documents: with fewer the percentile bootstrap's intervals are far too narrow
@@ -33,7 +33,7 @@ def bootstrap(sums_KN: dict[str, Tensor], x_sum_ND: Tensor, *, seed: int) -> dic
     n = len(x_sum_ND)
     values = _apply(sums, x_sum_ND, torch.ones(1, n, dtype=torch.float64))
     if n < FEWEST:
-        return {name: Measured(float(value[0]), None, None) for name, value in values.items()}
+        return {name: measured(float(value[0])) for name, value in values.items()}
     generator = torch.Generator().manual_seed(seed)
     picks_RN = torch.randint(n, (DRAWS, n), generator=generator)
     weights_RN = torch.zeros(DRAWS, n, dtype=torch.float64).scatter_add_(
@@ -42,7 +42,7 @@ def bootstrap(sums_KN: dict[str, Tensor], x_sum_ND: Tensor, *, seed: int) -> dic
     draws = _apply(sums, x_sum_ND, weights_RN)
     tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
     return {
-        name: Measured(float(values[name][0]), *(float(q) for q in torch.quantile(draws[name], tails)))
+        name: measured(float(values[name][0]), *(float(q) for q in torch.quantile(draws[name], tails)))
         for name in values
     }
 
@@ -87,3 +87,30 @@ def jackknife(fires_GF: Tensor, tokens_G: Tensor, count: Callable[[Tensor, Tenso
     error = float(((g - 1) / g * (without - without.mean()).square().sum()).sqrt())
     n_features = fires_F.numel()
     return Measured(value, max(0.0, value - _T_975 * error), min(float(n_features), value + _T_975 * error))
+
+
+_BY_CELL = ("ce_clean", "ce_sae", "ce_delta", "kl_sae", "explained_variance_uncentred", "cosine", "norm_in", "l0")
+
+
+def grouped(sums_GCP: Tensor) -> list[dict[str, Measured]]:
+    """For each of C cells (positions, or tenths of the tokens), metrics from the `BROKEN_DOWN` sums of each group of
+    documents. Intervals by the delete-one-group jackknife, where every group has a token in the cell."""
+    total_CP = sums_GCP.sum(0)
+    whole = _cells(total_CP)
+    without = _cells(total_CP - sums_GCP)
+    full_C = (sums_GCP[..., BROKEN_DOWN.index("tokens")] > 0).all(0)
+    found = []
+    for cell in range(len(total_CP)):
+        record = {"tokens": measured(float(total_CP[cell, BROKEN_DOWN.index("tokens")]))}
+        for name in _BY_CELL:
+            value, theta_G = float(whole[name][cell]), without[name][:, cell]
+            error = float(((GROUPS - 1) / GROUPS * (theta_G - theta_G.mean()).square().sum()).sqrt())
+            ends = (value - _T_975 * error, value + _T_975 * error) if full_C[cell] else (None, None)
+            record[name] = measured(value, *ends)
+        found.append(record)
+    return found
+
+
+def _cells(sums_CP: Tensor) -> dict[str, Tensor]:
+    view = {name: sums_CP[..., k] for k, name in enumerate(BROKEN_DOWN)}
+    return {metric.name: metric.formula(view) for metric in METRICS if metric.name in _BY_CELL}

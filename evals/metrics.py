@@ -33,8 +33,6 @@ PER_TOKEN = (
     "targets",  # scored tokens that have a next token in their row
     "ce_clean",
     "ce_sae",
-    "ce_zero",
-    "ce_mean",
     "kl_sae",
     "kl_zero",
     "e2",  # |e|^2
@@ -47,7 +45,11 @@ PER_TOKEN = (
     "l0",
     "l1",
 )
-"""The sums that are kept; besides these, `mean_x2` is |mean of x|^2 (not a sum)."""
+"""The sums that the pass keeps. `ce_zero`, `ce_mean` and `ce_unigram`, which depend on the targets alone, are added at
+the end; `mean_x2` is |mean of x|^2 (not a sum)."""
+
+BROKEN_DOWN = ("tokens", "targets", "ce_clean", "ce_sae", "kl_sae", "unexplained", "cosine", "norm_in", "l0")
+"""The sums that are also kept for each position and for each tenth of the tokens by frequency."""
 
 
 def _mean(name: str) -> Callable[[Sums], Tensor]:
@@ -58,17 +60,21 @@ def _mean_ce(name: str) -> Callable[[Sums], Tensor]:
     return lambda s: s[name] / s["targets"]
 
 
+def _score(baseline: str) -> Callable[[Sums], Tensor]:
+    """Part of the way from the baseline's loss to the untouched model's that the reconstruction keeps."""
+    return lambda s: (s[baseline] - s["ce_sae"]) / (s[baseline] - s["ce_clean"])
+
+
 METRICS = (
     Metric("ce_clean", _mean_ce("ce_clean"), "next-token cross-entropy of the untouched model, nats"),
     Metric("ce_sae", _mean_ce("ce_sae"), "the same with the reconstruction spliced in"),
     Metric("ce_zero", _mean_ce("ce_zero"), "the same with the activation set to zero at every position"),
     Metric("ce_mean", _mean_ce("ce_mean"), "the same with the activation set to its mean at every position"),
+    Metric("ce_unigram", _mean_ce("ce_unigram"), "that of the tokens' frequencies in the other documents"),
     Metric("ce_delta", lambda s: (s["ce_sae"] - s["ce_clean"]) / s["targets"], "ce_sae - ce_clean"),
-    Metric(
-        "ce_score",
-        lambda s: (s["ce_zero"] - s["ce_sae"]) / (s["ce_zero"] - s["ce_clean"]),
-        "(ce_zero - ce_sae) / (ce_zero - ce_clean); flattering on a residual stream",
-    ),
+    Metric("ce_score", _score("ce_zero"), "(ce_zero - ce_sae) / (ce_zero - ce_clean); flattering on a residual stream"),
+    Metric("ce_score_mean", _score("ce_mean"), "(ce_mean - ce_sae) / (ce_mean - ce_clean)"),
+    Metric("ce_score_unigram", _score("ce_unigram"), "(ce_unigram - ce_sae) / (ce_unigram - ce_clean)"),
     Metric("kl_sae", _mean("kl_sae"), "KL(clean || spliced) of the next-token distribution, nats"),
     Metric("kl_zero", _mean("kl_zero"), "KL(clean || zero-ablated), nats"),
     Metric("kl_score", lambda s: (s["kl_zero"] - s["kl_sae"]) / s["kl_zero"], "(kl_zero - kl_sae) / kl_zero"),

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saezoo.errors import UsageError, WeightsError
+from saezoo.products import linear
 
 
 def depth_of(hook: str, n_layers: int) -> int:
@@ -31,12 +33,43 @@ def depth_of(hook: str, n_layers: int) -> int:
     return layer + (match[2] == "post")
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
+class _Linear(nn.Module):
+    """A transformers `Conv1D` (weight [in, out], bias [out]) that takes its product by `products.linear`."""
+
+    def __init__(self, conv: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.nf: int = conv.nf
+        self.weight = nn.Parameter(conv.weight.to(dtype), requires_grad=False)
+        self.bias = nn.Parameter(conv.bias.to(dtype), requires_grad=False)
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        return linear(x_BI, self.weight.T, self.bias)
+
+
 class LanguageModel:
     """A GPT-2-architecture model and its tokenizer, in evaluation mode, without gradients."""
 
-    def __init__(self, hf_model: Any, tokenizer: Any) -> None:
+    def __init__(self, hf_model: Any, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
+        """`hf_model` in float32 or float64. `dtype` bfloat16 or float16: the blocks' matrix products are taken in it,
+        while the residual stream, the layer norms and the embedding stay as they are, since GPT-2's residual stream
+        has entries of several thousand beside ones below 1."""
         self.hf_model = hf_model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self.dtype: torch.dtype = dtype or hf_model.transformer.wte.weight.dtype
+        """Of the matrix products; see `residual_dtype`."""
+        for block in hf_model.transformer.h:
+            if hf_model.config.activation_function == "gelu_new":
+                block.mlp.act = nn.GELU(approximate="tanh")  # the same function in one pass over memory, not eight
+            for module, name in (
+                (block.attn, "c_attn"),
+                (block.attn, "c_proj"),
+                (block.mlp, "c_fc"),
+                (block.mlp, "c_proj"),
+            ):
+                setattr(module, name, _Linear(getattr(module, name), self.dtype))
         config = hf_model.config
         self.n_layers: int = config.n_layer
         self.d_model: int = config.n_embd
@@ -52,7 +85,7 @@ class LanguageModel:
         return self.hf_model.transformer.wte.weight.device  # type: ignore[no-any-return]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def residual_dtype(self) -> torch.dtype:
         return self.hf_model.transformer.wte.weight.dtype  # type: ignore[no-any-return]
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
@@ -63,10 +96,14 @@ class LanguageModel:
 
     def run(self, resid_BTD: Tensor, start: int, stop: int) -> Tensor:
         """The residual [B, T, D] after blocks start..stop-1. Attention is causal (SDPA without a mask)."""
-        for block in self.hf_model.transformer.h[start:stop]:
-            out = block(resid_BTD)
-            resid_BTD = out[0] if isinstance(out, tuple) else out  # a tuple before transformers 5
+        with self._products():
+            for block in self.hf_model.transformer.h[start:stop]:
+                out = block(resid_BTD)
+                resid_BTD = out[0] if isinstance(out, tuple) else out  # a tuple before transformers 5
         return resid_BTD
+
+    def _products(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, self.dtype) if self.dtype in HALF else nullcontext()
 
     def logits(self, resid_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] of the residual at the last depth."""
@@ -99,7 +136,8 @@ class LanguageModel:
 def load_language_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
     """Load a GPT-2-architecture model from a local folder in the Hugging Face layout.
 
-    Raises WeightsError for another architecture or files that cannot be read. No code from the folder is run.
+    `dtype`: of the matrix products; with bfloat16 or float16 all else is float32 (see `LanguageModel`). Raises
+    WeightsError for another architecture or files that cannot be read. No code from the folder is run.
     """
     from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
     from transformers.utils import logging
@@ -110,7 +148,11 @@ def load_language_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype
         if config.model_type != "gpt2":
             raise WeightsError(f"{folder} holds a `{config.model_type}` model; only the gpt2 architecture is supported")
         hf_model = GPT2LMHeadModel.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
+            folder,
+            config=config,
+            dtype=torch.float32 if dtype in HALF else dtype,
+            local_files_only=True,
+            attn_implementation="sdpa",
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except WeightsError:
@@ -118,4 +160,4 @@ def load_language_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype
     except Exception as error:  # transformers raises OSError, ValueError, SafetensorError … for damaged folders
         reason = str(error).strip().split("\n")[0]
         raise WeightsError(f"{folder} does not hold a loadable GPT-2 model and tokenizer: {reason}") from None
-    return LanguageModel(hf_model.to(device), tokenizer)
+    return LanguageModel(hf_model.to(device), tokenizer, dtype)

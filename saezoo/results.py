@@ -17,14 +17,39 @@ if TYPE_CHECKING:
     import pandas
     from rich.table import Table
     from rich.text import Text
+    from torch import Tensor
 
 
 class Measured(NamedTuple):
-    """A number and its 95 % interval; None where the interval is not known."""
+    """A number and its 95 % interval; value None: undefined on this text; ends None: the interval is not known."""
 
-    value: float
+    value: float | None
     lo: float | None = None
     hi: float | None = None
+
+
+def measured(value: float, lo: float | None = None, hi: float | None = None) -> Measured:
+    """`value` if it is finite, else undefined; the interval only if both ends are finite."""
+    if not math.isfinite(value):
+        return Measured(None)
+    if lo is None or hi is None or not math.isfinite(lo) or not math.isfinite(hi):
+        return Measured(value)
+    return Measured(value, lo, hi)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a result was computed from, by blocks and groups of documents: lets two results be compared document by
+    document. float64, on the CPU."""
+
+    sums: dict[str, Tensor]
+    """Name in `evals/metrics.py` -> sum over the tokens of each block [N]."""
+    x_sum_ND: Tensor
+    """Sum of the activations of each block."""
+    fires_GF: Tensor
+    """Tokens of each group on which each feature fires."""
+    tokens_G: Tensor
+    """Scored tokens of each group."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +76,10 @@ class Result:
     """`edges`: log10 density; `counts`: features between edges; `never`: features that did not fire."""
     published: dict[str, float | None] = field(default_factory=dict)
     """Published values measured by the same protocol."""
+    blocks: Blocks | None = field(default=None, compare=False, repr=False)
+    breakdowns: dict[str, list[dict[str, Measured]]] = field(default_factory=dict, repr=False)
+    """`position`: one record of metrics for each position of a row; `frequency`: for each tenth of the tokens, the most
+    frequent first."""
 
     def flat(self) -> dict[str, Any]:
         """One CSV row."""

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saezoo.trainers import codes
-from saezoo.trainers.codes import (
+from saezoo import codes
+from saezoo.codes import (
     Code,
     Dense,
     Gradients,

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from saezoo.entries import Protocol
 from saezoo.evals import Subject, evaluate
-from saezoo.evals.evaluate import _cross_entropy, _kl, _log_softmax
+from saezoo.evals.head import Head
 from saezoo.lm import LanguageModel
 from saezoo.results import Result
 from saezoo.sae import SAE, SAEConfig
@@ -191,31 +191,34 @@ def test_activations_features_and_reconstructions(tensors: dict[str, Tensor], se
     assert torch.equal(f_RTF > 0, tensors["f32.feature_acts"] > 0)
 
 
+def losses(setup: Setup, resid_RTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and KL [R, T] of a changed residual at DEPTH; at the last position, the first is of no meaning."""
+    lm, tokens = setup.lm, setup.tokens
+    head = Head(lm)
+    clean = head.clean(lm.residuals(tokens, [lm.n_layers])[lm.n_layers].flatten(0, 1))
+    h_nD, lse_n = head.changed(lm.run(resid_RTD, DEPTH, lm.n_layers).flatten(0, 1), clean)
+    ce_n = head.cross_entropy(h_nD, lse_n, tokens.roll(-1, dims=1).flatten())
+    return ce_n.view_as(tokens), head.kl(clean, h_nD, lse_n).view_as(tokens)
+
+
 @pytest.mark.parametrize("protocol", ["feb2024", "standard"])
 def test_losses_of_every_token(tensors: dict[str, Tensor], setup: Setup, protocol: Protocol) -> None:
-    lm, sae, tokens = setup.lm, setup.sae, setup.tokens
-    resid_RTD = lm.residuals(tokens, [DEPTH])[DEPTH]
-    keep_RT = tokens == BOS if protocol == "standard" else None
-    clean = _log_softmax(lm.resume(resid_RTD, DEPTH))
-    spliced = _log_softmax(lm.resume(sae.replace(resid_RTD, keep_BT=keep_RT), DEPTH))
+    resid_RTD = setup.lm.residuals(setup.tokens, [DEPTH])[DEPTH]
+    keep_RT = setup.tokens == BOS if protocol == "standard" else None
+    ce_RT, kl_RT = losses(setup, setup.sae.replace(resid_RTD, keep_BT=keep_RT))
     tolerance = 1e-4 if setup.precision == "f32" else 1e-10
-    found = {
-        "ce_loss_with_sae": _cross_entropy(spliced, tokens)[:, :-1],
-        "kl_div_with_sae": _kl(clean.exp(), clean, spliced),
-    }
-    for name, value_RT in found.items():
+    for name, value_RT in (("ce_loss_with_sae", ce_RT[:, :-1]), ("kl_div_with_sae", kl_RT)):
         wanted_RT = tensors[f"{MASKS[protocol]}.{setup.precision}.per_token.{name}"]
         assert float((value_RT - wanted_RT).abs().max()) < tolerance, name
 
 
 def test_losses_of_every_token_without_the_sae(tensors: dict[str, Tensor], setup: Setup) -> None:
-    lm, tokens = setup.lm, setup.tokens
-    clean = _log_softmax(lm.logits(lm.residuals(tokens, [lm.n_layers])[lm.n_layers]))
-    zero_V = _log_softmax(lm.constant_logits(torch.zeros(64, dtype=lm.dtype), DEPTH))
+    resid_RTD = setup.lm.residuals(setup.tokens, [DEPTH])[DEPTH]
+    (clean_RT, _), (zero_RT, kl_RT) = losses(setup, resid_RTD), losses(setup, torch.zeros_like(resid_RTD))
     found = {
-        "ce_loss_without_sae": _cross_entropy(clean, tokens)[:, :-1],
-        "ce_loss_with_ablation": _cross_entropy(zero_V.expand_as(clean), tokens)[:, :-1],
-        "kl_div_with_ablation": _kl(clean.exp(), clean, zero_V.expand_as(clean)),
+        "ce_loss_without_sae": clean_RT[:, :-1],
+        "ce_loss_with_ablation": zero_RT[:, :-1],
+        "kl_div_with_ablation": kl_RT,
     }
     for name, value_RT in found.items():
         wanted_RT = tensors[f"all_tokens.{setup.precision}.per_token.{name}"]
@@ -256,10 +259,8 @@ def test_decoder_rows_renormalised(exact: Setup, mistakes: dict[str, dict[str, f
 
 
 def test_bos_replaced_but_not_scored(exact: Setup, mistakes: dict[str, dict[str, float]]) -> None:
-    lm, tokens = exact.lm, exact.tokens
-    spliced = lm.resume(exact.sae.replace(lm.residuals(tokens, [DEPTH])[DEPTH]), DEPTH)
-    scored_RT = tokens[:, :-1] != BOS
-    mean = float(_cross_entropy(_log_softmax(spliced), tokens)[:, :-1][scored_RT].mean())
+    ce_RT, _ = losses(exact, exact.sae.replace(exact.lm.residuals(exact.tokens, [DEPTH])[DEPTH]))
+    mean = float(ce_RT[:, :-1][exact.tokens[:, :-1] != BOS].mean())
     wanted = mistakes["bos_replaced_too_but_not_scored (no_bos masks)"]["ce_loss_with_sae"]
     assert mean == pytest.approx(wanted, rel=1e-10)
     assert exact.evaluate("standard").metrics["ce_sae"].value < mean - 5e-5
@@ -269,12 +270,9 @@ def test_raw_and_centred_activations_give_the_same_cross_entropy(exact: Setup) -
     """What the SAE takes off, it puts back, and every reader is a layer norm: so neither frame is wrong."""
     raw_RTD = exact.lm.residuals(exact.tokens, [DEPTH])[DEPTH]
     centred_RTD = raw_RTD - raw_RTD.mean(-1, keepdim=True)
-    losses = []
-    for resid_RTD in (raw_RTD, centred_RTD):
-        logits = exact.lm.resume(exact.sae.replace(resid_RTD), DEPTH)
-        losses.append(_cross_entropy(_log_softmax(logits), exact.tokens))
     assert float((raw_RTD - centred_RTD).abs().max()) > 3
-    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-11)
+    raw_RT, centred_RT = (losses(exact, exact.sae.replace(resid_RTD))[0] for resid_RTD in (raw_RTD, centred_RTD))
+    torch.testing.assert_close(raw_RT, centred_RT, rtol=0, atol=1e-11)
 
 
 def test_several_saes_in_one_pass_get_what_each_gets_alone(setup: Setup) -> None:

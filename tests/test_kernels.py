@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saezoo.trainers.codes import nominating_inputs, nominating_weights
+from saezoo.codes import nominating_inputs, nominating_weights
 from saezoo.trainers.objective import remove_parallel
 
 if importlib.util.find_spec("triton") is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,21 @@ def spliced_logits(lm: LanguageModel, tokens_RT: Tensor, resid_RTD: Tensor) -> T
     return logits
 
 
+def unigram(rows: Rows, protocol: Protocol) -> Tensor:
+    """Each target by its frequency among those of other documents, one added to every count."""
+    pairs = [
+        (int(target), int(document))
+        for tokens, documents, use in zip(rows.tokens_RT, rows.documents_RT, scored(rows, protocol), strict=True)
+        for target, document, used in zip(tokens[1:], documents, use, strict=False)
+        if used
+    ]
+    losses = []
+    for target, document in pairs:
+        others = [v for v, d in pairs if d != document]
+        losses.append(-math.log((others.count(target) + 1) / (len(others) + 257)))
+    return torch.tensor(losses, dtype=torch.float64).mean()
+
+
 def by_hand(lm: LanguageModel, sae: SAE, rows: Rows, protocol: Protocol) -> dict[str, float]:
     """Every metric, written down from its definition, with the plain model and no sums."""
     tokens_RT, scored_RT = torch.from_numpy(rows.tokens_RT), scored(rows, protocol)
@@ -174,12 +190,15 @@ def by_hand(lm: LanguageModel, sae: SAE, rows: Rows, protocol: Protocol) -> dict
     logits = {name: spliced_logits(lm, tokens_RT, resid_RTD) for name, resid_RTD in inputs.items()}
     targets_n = tokens_RT[:, 1:][scored_RT[:, :-1]]
     ce = {name: cross_entropy(v[:, :-1][scored_RT[:, :-1]], targets_n) for name, v in logits.items()}
+    ce["unigram"] = unigram(rows, protocol)
     log_p = {name: v[scored_RT].log_softmax(-1) for name, v in logits.items()}
     kl = {name: kl_div(log_p[name], log_p["clean"], log_target=True, reduction="batchmean") for name in ("sae", "zero")}
     found = {
         **{f"ce_{name}": value for name, value in ce.items()},
         "ce_delta": ce["sae"] - ce["clean"],
         "ce_score": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
+        "ce_score_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),
+        "ce_score_unigram": (ce["unigram"] - ce["sae"]) / (ce["unigram"] - ce["clean"]),
         **{f"kl_{name}": value for name, value in kl.items()},
         "kl_score": 1 - kl["sae"] / kl["zero"],
         "explained_variance": 1 - e2.mean() / x.var(0, unbiased=False).sum(),

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saezoo.trainers.codes import _ALL, _EXTRA, _SMALL
+from saezoo.codes import _ALL, _EXTRA, _SMALL
 
 jit: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=["step"])
 

@@ -15,6 +15,7 @@ import torch
 from saezoo.activations import residuals
 from saezoo.entries import Entry, Recipe
 from saezoo.lm import LanguageModel, depth_of
+from saezoo.products import half_is_faster
 from saezoo.trainers.feed import CALLS_AT_ONCE
 from saezoo.trainers.ranks import Ranks
 from saezoo.trainers.trainee import Product, Trainee, initial_parameters
@@ -97,10 +98,7 @@ def matrix_peak(device: torch.device, product: Product) -> float:
 
 def best_product(device: torch.device) -> Product:
     """`half` where the hardware multiplies half precision faster than single, else `full`."""
-    if device.type == "cuda":
-        return "half"
-    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "half" if device.type == "cpu" and capable else "full"
+    return "half" if half_is_faster(device) else "full"
 
 
 def _density(entry: Entry) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saezoo.entries import Recipe
 from saezoo.errors import TrainingError
-from saezoo.trainers.codes import SPARSE_BLOCK, Code, Dense, Gradients, sparse, sparse_nominated
+from saezoo.codes import SPARSE_BLOCK, Code, Dense, Gradients, sparse, sparse_nominated
 from saezoo.trainers.objective import (
     Losses,
     feb2024,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saezoo.trainers.codes import _EXTRA
+from saezoo.codes import _EXTRA
 from saezoo.trainers.kernels import Pairs, Weights, jit, nominating, rows, tiles
 
 BLOCK = 128

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, one_hot
 
 SPARSE_BLOCK = 2048
 """Features at once on a CPU: their products [2048, 4096] stay near the cores."""
@@ -42,6 +42,12 @@ class Code(Protocol):
 
     def decode(self, W_dec_FD: Tensor) -> Tensor:
         """sum_i f_i W_dec_i [B, D], without b_dec."""
+
+    def per_token(self) -> tuple[Tensor, Tensor]:
+        """(features above 0, int64; sum of the features) of each token [B]."""
+
+    def fires_in(self, group_B: Tensor, groups: int) -> Tensor:
+        """Tokens of each group on which each feature is above 0: [groups, F], int64. `group_B`: each token's group."""
 
     def gradients(self, grad_BD: Tensor, W_dec_FD: Tensor, l1_F: Tensor) -> Gradients:
         """Weight gradients, given that of x_hat [B, D] and of the L1 term with respect to each f_i > 0 [F]."""
@@ -73,6 +79,17 @@ class Dense:
             x_hat_BD.addmm_(f_BC, W_dec_FD[features])
         return x_hat_BD
 
+    def per_token(self) -> tuple[Tensor, Tensor]:
+        """As `Code` says."""
+        parts = [(f_BC.sign().sum(1).long(), f_BC.sum(1)) for _, f_BC in self._blocks()]
+        above_B, sum_B = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+        return above_B, sum_B
+
+    def fires_in(self, group_B: Tensor, groups: int) -> Tensor:
+        """As `Code` says."""
+        member_GB = one_hot(group_B, groups).T.to(self._x_BD.dtype)
+        return torch.cat([(member_GB @ f_BC.sign()).long() for _, f_BC in self._blocks()], dim=1)
+
     def gradients(self, grad_BD: Tensor, W_dec_FD: Tensor, l1_F: Tensor) -> Gradients:
         """As `Code` says."""
         found = Gradients(*map(torch.empty_like, (self._W_enc_FD, self._b_enc_F, W_dec_FD)))
@@ -100,6 +117,17 @@ class Sparse:
         order_N = torch.sort(self._token_N, stable=True).indices
         ends_B1 = _ends(torch.bincount(self._token_N, minlength=len(self._x_BD)))
         return weighted_sums(W_dec_FD, self._feature_N[order_N], self._value_N[order_N], ends_B1)
+
+    def per_token(self) -> tuple[Tensor, Tensor]:
+        """As `Code` says."""
+        above_B = torch.bincount(self._token_N, minlength=len(self._x_BD))
+        sum_B = self._value_N.new_zeros(len(self._x_BD)).index_add_(0, self._token_N, self._value_N)
+        return above_B, sum_B
+
+    def fires_in(self, group_B: Tensor, groups: int) -> Tensor:
+        """As `Code` says."""
+        n = len(self.fires_F)
+        return torch.bincount(group_B[self._token_N] * n + self._feature_N, minlength=groups * n).view(groups, n)
 
     def gradients(self, grad_BD: Tensor, W_dec_FD: Tensor, l1_F: Tensor) -> Gradients:
         """As `Code` says."""
