@@ -15,11 +15,11 @@ from torch import Tensor
 from saezoo.codes import Code, Dense, sparse, sparse_nominated
 from saezoo.entries import Protocol
 from saezoo.errors import SaezooError, TextError, UsageError
-from saezoo.evals.head import Clean, Head
+from saezoo.evals.head import Clean, Constant, Head
 from saezoo.evals.intervals import GROUPS
 from saezoo.evals.scoring import Scoring
 from saezoo.evals.summary import summarise
-from saezoo.evals.tally import BLOCKS, Places, Subject, Tally
+from saezoo.evals.tally import Places, Subject, Tally
 from saezoo.lm import LanguageModel, depth_of
 from saezoo.products import half_is_faster
 from saezoo.results import Result
@@ -87,8 +87,8 @@ class Evaluation:
         self._sample_RT = self.scoring.sample(min(_SAMPLE, room))
         with torch.inference_mode():
             self._head = Head(lm)
-            zero_11D = torch.zeros(1, 1, lm.d_model, dtype=lm.residual_dtype, device=lm.device)
-            self._zero = [self._head.constant(lm.run(zero_11D, depth, lm.n_layers)[0, 0]) for depth in self.depths]
+            zero_D = torch.zeros(lm.d_model, dtype=torch.float64)
+            self._zero = [self._constant(zero_D, depth) for depth in self.depths]
 
     def go(self, start: int, stop: int, on_progress: Callable[[int], None] | None = None) -> None:
         """Evaluate rows start..stop-1, and say after each batch how many tokens are done."""
@@ -106,11 +106,11 @@ class Evaluation:
                 raise TextError(f"{text or 'the text'} holds special tokens only; give one with text in it")
             ce_unigram_N = self.scoring.unigram()
             found = []
-            for subject, tally, depth in zip(self.subjects, self.tallies, self.depths, strict=True):
+            for subject, tally, depth, zero in zip(self.subjects, self.tallies, self.depths, self._zero, strict=True):
                 mean_D = tally.x_sum_ND.sum(0) / tally.column("tokens").sum()
                 ends = {
-                    "ce_zero": self._ce_of_constant(torch.zeros_like(mean_D), depth),
-                    "ce_mean": self._ce_of_constant(mean_D, depth),
+                    "ce_zero": self.scoring.cross_entropy(zero.log_p_V),
+                    "ce_mean": self.scoring.cross_entropy(self._constant(mean_D, depth).log_p_V),
                     "ce_unigram": ce_unigram_N,
                 }
                 found.append(summarise(subject, tally, ends, self.scoring, self.lm, text=text, model=model))
@@ -155,25 +155,22 @@ class Evaluation:
         tally.add(values | {"l0": above_n, "l1": sum_n}, x_nD, code.fires_in(groups_n, GROUPS), batch.places)
         tally.sample.append(x_nD[batch.sampled_n].float().cpu())
 
-    def _losses(self, last_nD: Tensor, zero: tuple[Tensor, Tensor], batch: _Batch) -> dict[str, Tensor]:
+    def _losses(self, last_nD: Tensor, zero: Constant, batch: _Batch) -> dict[str, Tensor]:
         """Per token [n], what the language model loses by the reconstruction, and by nothing in its place."""
-        clean, (h_1D, lse_1) = batch.clean, zero
+        clean = batch.clean
         h_nD, lse_n = self._head.changed(last_nD, clean)
         ce_n = self._head.cross_entropy(h_nD, lse_n, batch.target_n)
         return {
             "ce_sae": ce_n * batch.shared["targets"],
             "kl_sae": self._head.kl(clean, h_nD, lse_n),
-            "kl_zero": self._head.kl(clean, h_1D, lse_1),
+            "kl_zero": self._head.kl(clean, zero.h_1D, zero.lse_1),
         }
 
-    def _ce_of_constant(self, resid_D: Tensor, depth: int) -> Tensor:
-        """Sum per block [N] of the cross-entropy when the residual is `resid_D` at every position: attention over
-        equal values returns that value, so a row of one token tells."""
+    def _constant(self, resid_D: Tensor, depth: int) -> Constant:
+        """The model when the residual at `depth` is the same everywhere: attention over equal values returns that
+        value, so every position gives the logits of a row of one token."""
         resid_11D = resid_D.to(self.lm.device, self.lm.residual_dtype)[None, None]
-        h_1D, lse_1 = self._head.constant(self.lm.run(resid_11D, depth, self.lm.n_layers)[0, 0])
-        log_p_V = (self._head.u_VD @ h_1D[0]).double().cpu() - lse_1.cpu()
-        target_M, block_M = self.scoring.all_targets()
-        return torch.zeros(BLOCKS, dtype=torch.float64).index_add_(0, block_M, -log_p_V[target_M])
+        return self._head.constant(self.lm.run(resid_11D, depth, self.lm.n_layers)[0, 0])
 
 
 @dataclass(frozen=True)

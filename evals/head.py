@@ -38,6 +38,16 @@ class Clean:
     """m."""
 
 
+@dataclass(frozen=True)
+class Constant:
+    """The model when all tokens have the same residual."""
+
+    h_1D: Tensor
+    lse_1: Tensor
+    log_p_V: Tensor
+    """On the CPU, float64."""
+
+
 class Head:
     """Last layer norm and unembedding of a language model."""
 
@@ -78,10 +88,13 @@ class Head:
         """-log p(target) [n], float64."""
         return lse_n - (h_nD.double() * self.u_VD[target_n].double()).sum(1)
 
-    def constant(self, resid_D: Tensor) -> tuple[Tensor, Tensor]:
-        """h [1, D] and L(h) [1] when the last residual is the same vector everywhere."""
+    def constant(self, resid_D: Tensor) -> Constant:
+        """When the last residual is the same vector everywhere."""
         h_1D = self._norm(resid_D[None])
-        return h_1D, (h_1D @ self.u_VD.T).double().logsumexp(1)
+        log_p_V = torch.mv(self.u_VD, h_1D[0]).double().log_softmax(0)
+        # log p = h . u - L(h), at any token:
+        lse_1 = (h_1D[0].double() * self.u_VD[0].double()).sum()[None] - log_p_V[:1]
+        return Constant(h_1D, lse_1, log_p_V.cpu())
 
     def _lse(self, h_nD: Tensor, near_n: Tensor) -> Tensor:
         """L(h) [n], float64. `near_n` is a guess, which saves the search for the largest logit; where it was so far

@@ -96,19 +96,17 @@ def grouped(sums_GCP: Tensor) -> list[dict[str, Measured]]:
     """For each of C cells (positions, or tenths of the tokens), metrics from the `BROKEN_DOWN` sums of each group of
     documents. Intervals by the delete-one-group jackknife, where every group has a token in the cell."""
     total_CP = sums_GCP.sum(0)
-    whole = _cells(total_CP)
-    without = _cells(total_CP - sums_GCP)
-    full_C = (sums_GCP[..., BROKEN_DOWN.index("tokens")] > 0).all(0)
-    found = []
-    for cell in range(len(total_CP)):
-        record = {"tokens": measured(float(total_CP[cell, BROKEN_DOWN.index("tokens")]))}
-        for name in _BY_CELL:
-            value, theta_G = float(whole[name][cell]), without[name][:, cell]
-            error = float(((GROUPS - 1) / GROUPS * (theta_G - theta_G.mean()).square().sum()).sqrt())
-            ends = (value - _T_975 * error, value + _T_975 * error) if full_C[cell] else (None, None)
-            record[name] = measured(value, *ends)
-        found.append(record)
-    return found
+    whole, without = _cells(total_CP), _cells(total_CP - sums_GCP)
+    tokens = BROKEN_DOWN.index("tokens")
+    full_C = (sums_GCP[..., tokens] > 0).all(0)
+    columns = {"tokens": [measured(n) for n in total_CP[:, tokens].tolist()]}
+    for name in _BY_CELL:
+        value_C, theta_GC = whole[name], without[name]
+        spread_C = (theta_GC - theta_GC.mean(0)).square().sum(0)
+        half_C = _T_975 * ((GROUPS - 1) / GROUPS * spread_C).sqrt().where(full_C, torch.nan)
+        ends = zip(value_C.tolist(), (value_C - half_C).tolist(), (value_C + half_C).tolist(), strict=True)
+        columns[name] = [measured(*end) for end in ends]
+    return [dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)]
 
 
 def _cells(sums_CP: Tensor) -> dict[str, Tensor]:

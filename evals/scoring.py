@@ -67,6 +67,11 @@ class Scoring:
         scored_RT = self.scored_RT[:, :-1]
         return self.tokens_RT[:, 1:][scored_RT], self.document_RT[:, :-1][scored_RT] % BLOCKS
 
+    def cross_entropy(self, log_p_V: Tensor) -> Tensor:
+        """Sum per block [N] of the cross-entropy of predicting each target by the same distribution."""
+        target_M, block_M = self.all_targets()
+        return torch.zeros(BLOCKS, dtype=torch.float64).index_add_(0, block_M, -log_p_V[target_M])
+
     def unigram(self) -> Tensor:
         """Sum per block [N] of the cross-entropy of predicting each target by how often it is one in the other blocks:
         p(v) = (count + 1) / (targets + V), counts without the target's own block."""
