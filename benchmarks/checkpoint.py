@@ -29,7 +29,7 @@ def main() -> None:
 
     import torch
 
-    from saezoo.trainers import checkpoint
+    from saezoo import checkpoint
 
     sae = {
         f"W_{side}{moment}": torch.randn(F, D) for side in ("enc", "dec") for moment in ("", ".exp_avg", ".exp_avg_sq")

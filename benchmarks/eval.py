@@ -157,7 +157,8 @@ def worst(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, str, str
 def largest_shift(ours: dict[str, Any], exact: dict[str, Any]) -> float:
     """Of (loss with the SAE - loss without), nats, over the layers."""
     with_sae, without = "ce_loss_with_sae", "ce_loss_without_sae"
-    return max(abs(ours[k][with_sae] - ours[k][without] - v[with_sae] + v[without]) for k, v in exact.items())
+    found: float = max(abs(ours[k][with_sae] - ours[k][without] - v[with_sae] + v[without]) for k, v in exact.items())
+    return found
 
 
 def main() -> None:

@@ -1,13 +1,12 @@
-"""GPT-2 small and its twelve SAEs at full shape, with random weights: what saezoo costs there, beside SAELens.
+"""GPT-2 small and its twelve SAEs at full shape, with random weights: what saezoo costs there.
 
     python benchmarks/gpt2_small_replica.py build   --cache DIR --tokenizer DIR [DIR …]
     python benchmarks/gpt2_small_replica.py eval    --cache DIR --text FILE --tokens 2048 8192
     python benchmarks/gpt2_small_replica.py get     --cache DIR
-    python benchmarks/gpt2_small_replica.py saelens --cache DIR --text FILE --tokens 2048
 
 `build` (3.5 GB, once) fills a hub cache under DIR with the repository names, revisions, file names and sizes of the
 published files, and writes DIR/registry.yaml, an overlay without the published hashes, which these files cannot have.
-`eval` and `get` run the command line as a user would; `saelens` needs sae_lens beside saezoo. Each measurement
+`eval` and `get` run the command line as a user would; `benchmarks/eval.py` compares with SAELens. Each measurement
 appends a row to --csv. The weights are random: costs mean something here, metrics do not.
 """
 
@@ -18,7 +17,6 @@ import csv
 import multiprocessing
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -34,26 +32,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 COLLECTION, LAYERS, LEGACY_LAYER = "gpt2-small-res", range(12), 8
 CONTEXT = 128
-SAELENS_ROWS = 16  # the default --batch_size_prompts of SAELens' own evaluation
 PACKAGES = ("saezoo", "torch", "transformers", "transformer_lens", "sae_lens")
-# SAELens' name of each metric that both define in the same way -> saezoo's.
-SAME = {
-    "ce_loss_without_sae": "ce_clean",
-    "ce_loss_with_sae": "ce_sae",
-    "ce_loss_with_ablation": "ce_zero",
-    "ce_loss_score": "ce_score",
-    "kl_div_with_sae": "kl_sae",
-    "kl_div_with_ablation": "kl_zero",
-    "kl_div_score": "kl_score",
-    "explained_variance": "explained_variance",
-    "mse": "mse",
-    "cossim": "cosine",
-    "l2_norm_in": "norm_in",
-    "l2_norm_out": "norm_out",
-    "l2_ratio": "norm_ratio",
-    "l0": "l0",
-    "l1": "l1",
-}
 
 
 @dataclass(frozen=True)
@@ -185,113 +164,6 @@ def get(args: argparse.Namespace) -> None:
         record(args.csv, what="saezoo get --offline", layers=LEGACY_LAYER, cost=replace(cost, peak_mib=None))
 
 
-def compare(args: argparse.Namespace) -> None:
-    """The same rows through saezoo and through SAELens' `run_evals`, for one SAE and for twelve."""
-    os.environ["HF_HUB_CACHE"] = str(args.cache / "hub")
-    tokens = args.tokens[0]
-    for layers in ([LEGACY_LAYER], list(LAYERS)):
-        found: dict[str, Any] = {}
-        for tool in ("saezoo", "saelens"):
-            registry = args.cache / "registry.yaml"
-            found[tool], cost = in_fresh_process(peer_run, tool, registry, layers, args.text, tokens)
-            record(args.csv, what=f"evaluation, {tool}", layers=len(layers), tokens=tokens, cost=cost)
-            found[f"{tool} s"] = cost.wall_s - cost.load_s
-        ratio = found["saelens s"] / found["saezoo s"]
-        worst = max(
-            (abs(found["saezoo"][layer][name] / value - 1), name, layer)
-            for layer, values in found["saelens"].items()
-            for name, value in values.items()
-        )
-        print(f"{len(layers)} SAEs, evaluation alone: SAELens takes {ratio:.2f} times as long; worst agreement {worst}")
-
-
-def peer_run(tool: str, registry: Path, layers: Sequence[int], text: Path, tokens: int) -> tuple[Any, Cost]:
-    """Evaluate `layers` with one tool: {layer: {SAELens' metric name: value}} and the cost."""
-    import_from_checkout()
-    start, cpu_start = time.perf_counter(), time.process_time()
-    from saezoo import hub
-    from saezoo.lm import load_language_model
-    from saezoo.registry import read_registry
-    from saezoo.tokens import collect, encode, pack, text_file
-
-    entries = [read_registry(registry).find(COLLECTION, layer)[0] for layer in layers]
-    lm = load_language_model(hub.fetch_model(entries[0].model, offline=True))
-    source = text_file(text)
-    packed = pack(encode(lm.tokenizer, source.documents()), bos=lm.bos, context=CONTEXT)
-    rows = collect(packed, tokens=tokens, context=CONTEXT, source=source.name)
-    prepare = prepare_saezoo if tool == "saezoo" else prepare_saelens
-    evaluate_all = prepare(entries, lm, rows)
-    ready, cpu_ready = time.perf_counter(), time.process_time()
-    metrics = evaluate_all()
-    now = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"  {tool}: {now - ready:.1f} s, {time.process_time() - cpu_ready:.1f} s of CPU for the evaluation alone")
-    return metrics, Cost(now - start, time.process_time() - cpu_start, peak, ready - start)
-
-
-def prepare_saezoo(entries: Sequence[Any], lm: Any, rows: Any) -> Callable[[], Any]:
-    """All SAEs in one pass."""
-    import torch
-
-    from saezoo.evals.evaluate import Subject, evaluate
-    from saezoo.loading import load_entry
-
-    saes = [load_entry(entry, dtype=torch.float32, offline=True) for entry in entries]
-    subjects = [Subject(sae, COLLECTION, entry.name) for sae, entry in zip(saes, entries, strict=True)]
-
-    def evaluate_all() -> dict[int, dict[str, float]]:
-        results = evaluate(subjects, lm, rows)
-        return {int(r.layer): {name: r.metrics[ours].value for name, ours in SAME.items()} for r in results}
-
-    return evaluate_all
-
-
-def prepare_saelens(entries: Sequence[Any], lm: Any, rows: Any) -> Callable[[], Any]:
-    """SAELens' own evaluation, everything switched on, one SAE after the other."""
-    import torch
-    from sae_lens import SAE  # type: ignore[attr-defined, unused-ignore]
-    from sae_lens.evals import get_eval_everything_config, run_evals
-    from sae_lens.training.activation_scaler import ActivationScaler
-
-    from saezoo import hub
-    from saezoo.hooked import hooked_model
-
-    model = hooked_model(lm.hf_model, lm.tokenizer)
-    saes = [SAE.load_from_disk(hub.fetch(entry, offline=True).weights.parent) for entry in entries]
-    batches = max(1, len(rows) // SAELENS_ROWS)
-    config = get_eval_everything_config(SAELENS_ROWS, batches, batches)
-
-    def evaluate_all() -> dict[int, dict[str, float]]:
-        found: dict[int, dict[str, float]] = {}
-        for sae, entry in zip(saes, entries, strict=True):
-            store: Any = FixedRows(torch.from_numpy(rows.tokens_RT))
-            groups, _ = run_evals(sae, store, model, ActivationScaler(), config)
-            flat = {name: value for group in groups.values() for name, value in group.items()}
-            found[entry.layer] = {name: flat[name] for name in SAME}
-        return found
-
-    return evaluate_all
-
-
-class FixedRows:
-    """As much of SAELens' ActivationsStore as `run_evals` uses: it hands out the given rows in order."""
-
-    store_batch_size_prompts = SAELENS_ROWS
-
-    def __init__(self, tokens_RT: Any) -> None:
-        self._tokens_RT, self._next = tokens_RT, 0
-        self.context_size = tokens_RT.shape[1]
-
-    def get_batch_tokens(self, batch_size: int) -> Any:
-        """The next `batch_size` rows."""
-        self._next += batch_size
-        return self._tokens_RT[self._next - batch_size : self._next]
-
-    def reset_input_dataset(self) -> None:
-        """Start again from the first row."""
-        self._next = 0
-
-
 def record(path: Path, *, what: str, layers: object, cost: Cost, tokens: int | None = None, protocol: str = "") -> None:
     """Print one measurement and append it to the CSV."""
     speed = None if tokens is None else round(tokens / (cost.wall_s - (cost.load_s or 0)), 1)
@@ -332,7 +204,7 @@ def installed(package: str) -> str:
 def main() -> None:
     """Parse the command line and run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("build", "eval", "get", "saelens"))
+    parser.add_argument("part", choices=("build", "eval", "get"))
     parser.add_argument("--cache", type=lambda text: Path(text).resolve(), required=True, help="folder of the replicas")
     parser.add_argument("--tokenizer", type=Path, nargs="+", default=[], help="folders with GPT-2's tokenizer files")
     parser.add_argument("--text", type=lambda text: Path(text).resolve(), help=".txt or .jsonl")
@@ -341,12 +213,12 @@ def main() -> None:
     parser.add_argument("--layers", default="0-11")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "gpt2_small_replica.csv")
     args = parser.parse_args()
-    if args.part in ("eval", "saelens") and args.text is None:
+    if args.part == "eval" and args.text is None:
         parser.error(f"{args.part} needs --text")
     if args.part == "build":
         in_fresh_process(build, args.cache, args.tokenizer)
     else:
-        {"eval": evaluate, "get": get, "saelens": compare}[args.part](args)
+        {"eval": evaluate, "get": get}[args.part](args)
 
 
 if __name__ == "__main__":

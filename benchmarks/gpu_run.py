@@ -56,10 +56,10 @@ def run(layers: str, args: argparse.Namespace) -> dict[str, Any]:
 
     from saezoo.activations import ActivationBuffer
     from saezoo.lm import depth_of
+    from saezoo.ranks import Ranks
     from saezoo.registry import read_registry
     from saezoo.trainers.feed import Cursor, Feed
     from saezoo.trainers.plan import best_product, flops_per_token, matrix_peak
-    from saezoo.trainers.ranks import Ranks
     from saezoo.trainers.train import new_trainee
 
     registry = read_registry()

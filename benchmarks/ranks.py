@@ -90,9 +90,9 @@ def measure(share: Any, ghosts: bool) -> dict[str, Any] | None:
     import torch
 
     from saezoo.lm import load_language_model
+    from saezoo.ranks import join, leave
     from saezoo.registry import read_registry
     from saezoo.tokens import builtin
-    from saezoo.trainers.ranks import join, leave
     from saezoo.trainers.train import Hooks, Job, Progress, train
 
     torch.set_num_threads(1)

@@ -20,7 +20,8 @@ def feature_counts(fires_GF: Tensor, tokens_G: Tensor) -> dict[str, Measured]:
     ((1 - p)^N > 0.05), so `dead` cannot tell them from truly dead ones.
     """
     n_features, tokens = fires_GF.shape[1], float(tokens_G.sum())
-    value, lo, hi = alive_again(fires_GF, tokens_G)
+    again = alive_again(fires_GF, tokens_G)
+    value, lo, hi = again.known, again.lo, again.hi
     alive, dead = Measured(value / n_features), Measured(n_features - value)
     if lo is not None and hi is not None:
         alive = Measured(value / n_features, lo / n_features, hi / n_features)

@@ -6,8 +6,10 @@ F d_sae, V vocabulary, N blocks of documents, G groups of documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +19,13 @@ from saezoo.entries import Protocol
 from saezoo.errors import SaezooError, TextError, UsageError
 from saezoo.evals.head import Clean, Constant, Head
 from saezoo.evals.intervals import GROUPS
+from saezoo.evals.resuming import States, crc, merge, named
 from saezoo.evals.scoring import Scoring
-from saezoo.evals.summary import summarise
+from saezoo.evals.summary import summarise, versions
 from saezoo.evals.tally import Places, Subject, Tally
 from saezoo.lm import LanguageModel, depth_of
 from saezoo.products import half_is_faster
+from saezoo.ranks import Ranks
 from saezoo.results import Result
 from saezoo.sae import SAE
 from saezoo.tokens import Rows
@@ -31,6 +35,7 @@ _SAMPLE = 250_000  # activations for the geometric median, the post's number
 _SAMPLE_BYTES = 512 << 20  # of all SAEs together: twelve of GPT-2 small keep 14,563 each
 _SPARSE_BELOW = 0.1  # fraction of pairs above 0
 _PROBE = 64  # tokens that tell
+_STOPPED = "stopped; {:,} tokens are done and saved, the same command with --resume goes on from there"
 
 
 def evaluate(
@@ -43,6 +48,10 @@ def evaluate(
     model: str = "",
     seed: int = 0,
     batch_size: int | None = None,
+    ranks: Ranks | None = None,
+    states: Path | None = None,
+    resume: bool = False,
+    note: Callable[[str], None] = lambda message: None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Result]:
     """Measure every metric of docs/metrics.md on the same rows for all `subjects`.
@@ -53,12 +62,38 @@ def evaluate(
         protocol: `standard` neither replaces nor scores special tokens (BOS); `feb2024` replaces and scores all.
         seed: of the bootstrap draws and of the sample for the geometric median.
         batch_size: rows at once; by default 4,096 tokens on a CPU and 32,768 on a GPU.
-        on_progress: called with the number of tokens done after each batch.
+        ranks: the processes that share the rows; all call this with the same arguments, and rank 0 gets the results.
+        states: folder for the sums of an evaluation that takes long; removed at its end.
+        resume: go on from what an interrupted evaluation left there.
+        note: gets one-line remarks.
+        on_progress: called with the number of tokens done (of all ranks, about) after each batch.
 
-    Raises UsageError if an SAE does not fit the model, SaezooError if activations or reconstructions are not finite.
+    Raises UsageError if an SAE does not fit the model, SaezooError if activations or reconstructions are not finite,
+    TrainingError if there is nothing to resume.
     """
+    ranks = ranks or Ranks()
     run = Evaluation(subjects, lm, rows, protocol=protocol, seed=seed, batch_size=batch_size)
-    run.go(0, len(rows), on_progress)
+    # Whole batches, so that each is the same on any number of ranks.
+    part = ranks.part(-(-len(rows) // run.batch))
+    first, last = part.start * run.batch, min(part.stop * run.batch, len(rows))
+    about = {"model": model, "text": text, "rank": ranks.rank, "ranks": ranks.size}
+    saved = None if states is None else States(states, lambda: run.identity(about), run.tallies)
+    start = first + (saved.restore(note) if saved is not None and resume else 0)
+    try:
+        for done in run.go(start, last):
+            if on_progress is not None:
+                on_progress(min((done - first) * ranks.size, len(rows)) * run.scoring.context)
+            if saved is not None and done < last:
+                saved.offer(done - first)
+    except KeyboardInterrupt:
+        kept = 0 if saved is None else saved.saved() * run.scoring.context
+        raise SaezooError(_STOPPED.format(kept) if kept else "stopped; nothing was saved yet") from None
+    everyone = ranks.collect(named(run.tallies), None)
+    if saved is not None:
+        saved.remove()
+    if everyone is None:
+        return []
+    merge(run.tallies, [tensors for tensors, _ in everyone[1:]])
     return run.results(text=text, model=model)
 
 
@@ -90,14 +125,29 @@ class Evaluation:
             zero_D = torch.zeros(lm.d_model, dtype=torch.float64)
             self._zero = [self._constant(zero_D, depth) for depth in self.depths]
 
-    def go(self, start: int, stop: int, on_progress: Callable[[int], None] | None = None) -> None:
-        """Evaluate rows start..stop-1, and say after each batch how many tokens are done."""
-        for first in range(start, stop, self.batch):
-            last = min(first + self.batch, stop)
+    def go(self, first: int, last: int) -> Iterator[int]:
+        """Evaluate rows first..last-1; gives, after each batch, the row that comes next."""
+        for start in range(first, last, self.batch):
+            stop = min(start + self.batch, last)
             with torch.inference_mode():
-                self._add(first, last)
-            if on_progress is not None:
-                on_progress((last - start) * self.scoring.context)
+                self._add(start, stop)
+            yield stop
+
+    def identity(self, about: dict[str, Any]) -> dict[str, Any]:
+        """What the sums depend on, as JSON values; `about` is added."""
+        scoring = self.scoring
+        return about | {
+            "subjects": [[s.collection, s.layer, str(s.sae.config)] for s in self.subjects],
+            "parameters": [crc(list(s.sae.parameters())) for s in self.subjects],
+            "weights": crc(list(self.lm.hf_model.parameters())),
+            "rows": crc([scoring.tokens_RT, scoring.document_RT]),
+            "protocol": scoring.protocol,
+            "seed": scoring.seed,
+            "batch": self.batch,
+            "device": str(self.lm.device),
+            "dtype": str(self.lm.dtype),
+            "versions": versions(),
+        }
 
     def results(self, *, text: str = "", model: str = "") -> list[Result]:
         """Metrics and intervals, if all rows are in the tallies."""

@@ -86,7 +86,8 @@ class Head:
 
     def cross_entropy(self, h_nD: Tensor, lse_n: Tensor, target_n: Tensor) -> Tensor:
         """-log p(target) [n], float64."""
-        return lse_n - (h_nD.double() * self.u_VD[target_n].double()).sum(1)
+        logit_n: Tensor = (h_nD.double() * self.u_VD[target_n].double()).sum(1)
+        return lse_n - logit_n
 
     def constant(self, resid_D: Tensor) -> Constant:
         """When the last residual is the same vector everywhere."""

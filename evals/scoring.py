@@ -95,7 +95,7 @@ class Scoring:
 def tenths(count_V: Tensor) -> Tensor:
     """Each token's tenth [V], 0 for the most frequent: by the share of all tokens that are of more frequent kinds, plus
     half of those of kinds as frequent. So kinds that are equally frequent are never parted."""
-    levels, level_V = count_V.unique(return_inverse=True)
+    levels, level_V = torch.unique(count_V, return_inverse=True)
     mass = torch.zeros(len(levels), dtype=torch.float64).index_add_(0, level_V, count_V.double())
     above = mass.flip(0).cumsum(0).flip(0) - mass / 2
     return (TENTHS * above / max(1.0, float(mass.sum()))).long().clamp(max=TENTHS - 1)[level_V]

@@ -49,11 +49,11 @@ def summarise(
         context=scoring.context,
         rows=len(scoring.tokens_RT),
         tokens=int(tokens_N.sum()),
-        documents=len(scoring.document_RT.unique()),
+        documents=len(torch.unique(scoring.document_RT)),
         seed=scoring.seed,
         device=str(lm.device),
         dtype=str(lm.dtype).removeprefix("torch."),
-        versions=_versions(),
+        versions=versions(),
         metrics=metrics,
         histogram=counts.histogram(tally.fires_GF.sum(0), float(tokens_N.sum())),
         published=subject.published,
@@ -82,7 +82,8 @@ def _median_distances(sample_nD: Tensor, mean_D: Tensor, b_dec_D: Tensor) -> dic
     return {name: measured(float(value)) for name, value in values.items()}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the software that numbers may depend on."""
     packages = {name: version(name) for name in ("torch", "transformers")}
     try:
         packages["saezoo"] = version("saezoo")

@@ -65,13 +65,14 @@ class Tally:
             (GROUPS, context, len(BROKEN_DOWN)),
             (GROUPS, TENTHS, len(BROKEN_DOWN)),
         )
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes), sample=[])
+        sums, x_sum, fires, positions, tenths = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        return cls(sums, x_sum, fires, positions, tenths, [])
 
     def add(self, values: Mapping[str, Tensor], x_nD: Tensor, fires_GF: Tensor, places: Places) -> None:
         """One batch: per-token values [n] by name, the activations, and the firings in each group of documents."""
         values_nK = torch.stack([values[name].double().cpu() for name in PER_TOKEN], dim=1)
         self.sums_NK.index_add_(0, places.block_n, values_nK)
-        blocks, place_n = places.block_n.unique(return_inverse=True)
+        blocks, place_n = torch.unique(places.block_n, return_inverse=True)
         member_bn = torch.nn.functional.one_hot(place_n).T.to(x_nD.device, torch.float64)
         self.x_sum_ND.index_add_(0, blocks, (member_bn @ x_nD.double()).cpu())
         self.fires_GF.add_(fires_GF.cpu())
@@ -80,14 +81,18 @@ class Tally:
         for table, place_n in ((self.by_position_GTP, places.position_n), (self.by_frequency_GQP, places.tenth_n)):
             table.view(-1, len(BROKEN_DOWN)).index_add_(0, group_n * table.shape[1] + place_n, shown_nP)
 
-    def merge(self, other: Tally) -> None:
-        """Add what `other` saw after this one."""
-        for mine, theirs in zip(self.tensors().values(), other.tensors().values(), strict=True):
-            mine.add_(theirs)
-        self.sample.extend(other.sample)
+    def everything(self) -> dict[str, Tensor]:
+        """The sums by name, and the sample as one tensor."""
+        sample_nD = torch.cat(self.sample) if self.sample else self.x_sum_ND[:0].float()
+        return self._sums() | {"sample": sample_nD}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The sums by name."""
+    def merge(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add `everything` of a tally that saw later rows."""
+        for name, mine in self._sums().items():
+            mine.add_(tensors[name])
+        self.sample.append(tensors["sample"])
+
+    def _sums(self) -> dict[str, Tensor]:
         names = ("sums_NK", "x_sum_ND", "fires_GF", "by_position_GTP", "by_frequency_GQP")
         return {name: getattr(self, name) for name in names}
 

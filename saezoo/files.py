@@ -15,6 +15,14 @@ from saezoo.errors import SaezooError
 _CHUNK = 1 << 20
 
 
+def cache_folder(name: str) -> Path:
+    """Where saezoo keeps what it can make again: $SAEZOO_CACHE/name, else $XDG_CACHE_HOME/saezoo/name, else
+    ~/.cache/saezoo/name."""
+    if own := os.environ.get("SAEZOO_CACHE"):
+        return Path(own).expanduser() / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saezoo" / name
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` on success, remove it otherwise.

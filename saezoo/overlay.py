@@ -58,7 +58,7 @@ def _collection(job: Job, recipe_name: str, results: list[Result]) -> dict[str, 
             "name": entry.name,
             "hook": entry.hook,
             "neuronpedia": None,
-            "published": {key: _six_digits(result.metrics[key].value) for key in _PUBLISHED},
+            "published": {key: _six_digits(result.metrics[key].known) for key in _PUBLISHED},
             "files": {},
         }
         for entry, result in zip(job.entries, results, strict=True)

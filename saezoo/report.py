@@ -151,10 +151,10 @@ def _shown(result: Result) -> dict[str, str]:
 
 def _compared(result: Result, metric: str) -> tuple[str, str, str]:
     """Measured, published, and where the published value lies: from the numbers before they are rounded."""
-    value, lo, hi = result.metrics.get(metric, Measured(math.nan))
+    value, lo, hi = result.metrics.get(metric, Measured(None))
     published = result.published.get(metric)
     beside = "–" if published is None else f"{published:.6g}"
-    if lo is None or hi is None or not math.isfinite(hi - lo):
+    if value is None or lo is None or hi is None:
         return _rounded(value), beside, "–"
     measured = "{0:,.{3}f} [{1:,.{3}f}, {2:,.{3}f}]".format(value, lo, hi, _digits(value, lo, hi))
     if published is None:
@@ -169,8 +169,8 @@ def _digits(value: float, lo: float, hi: float) -> int:
     return 4 if hi <= lo else max(0, 1 - math.floor(math.log10(hi - lo)))
 
 
-def _rounded(value: float) -> str:
-    if not math.isfinite(value):
+def _rounded(value: float | None) -> str:
+    if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
@@ -258,8 +258,8 @@ def _densities(results: Sequence[Result]) -> Figure:
     for axis, colour, result in zip(axes, _colours(len(results)), results, strict=True):
         edges, counts, never = (result.histogram[key] for key in ("edges", "counts", "never"))
         axis.stairs(counts, edges, fill=True, color=colour)
-        unseen = result.metrics.get("unseen_density", Measured(math.nan)).value
-        if unseen > 0:
+        unseen = result.metrics.get("unseen_density", Measured(None)).value
+        if unseen is not None:
             axis.axvline(math.log10(unseen), color="0.4", linestyle="--", linewidth=1.0)
         axis.set_title(
             f"layer {_literal(result.layer)}: {never:,} of {never + sum(counts):,} never fired", fontsize=8.5
@@ -283,11 +283,12 @@ def _comparison(results: Sequence[Result]) -> Figure:
     crowded = len(names) * max(map(len, names)) > 40
     figure, axes = _grid(len(metrics), 3, 4.2, 3.0)
     for axis, (metric, label) in zip(axes, metrics.items(), strict=True):
-        found = [result.metrics.get(metric, Measured(math.nan)) for result in results]
+        found = [result.metrics.get(metric, Measured(None)) for result in results]
         bounds = [(math.nan, math.nan) if a.lo is None or a.hi is None else (a.lo, a.hi) for a in found]
         published = [math.nan if (value := result.published.get(metric)) is None else value for result in results]
         left, right = [i - 0.17 for i in places], [i + 0.17 for i in places]
-        axis.plot(left, [a.value for a in found], "o", markersize=4, color="C0", label="measured")
+        values = [math.nan if a.value is None else a.value for a in found]
+        axis.plot(left, values, "o", markersize=4, color="C0", label="measured")
         # An interval of its own middle: the measured value need not lie inside a bootstrap's.
         middles, halves = [(lo + hi) / 2 for lo, hi in bounds], [(hi - lo) / 2 for lo, hi in bounds]
         axis.errorbar(left, middles, yerr=halves, fmt="none", capsize=3, color="C0", label="95 % interval")

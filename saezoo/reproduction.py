@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from saezoo import files
+from saezoo import checkpoint, files
 from saezoo import results as forms
 from saezoo import tokens as text
 from saezoo.entries import Entry, Recipe
@@ -22,16 +22,15 @@ from saezoo.evals import Subject
 from saezoo.evals import evaluate as run_evals
 from saezoo.lm import LanguageModel, depth_of, load_language_model
 from saezoo.overlay import overlay
+from saezoo.ranks import Ranks, Share, join, leave, may_be_restarted, started_together
 from saezoo.registry import read_registry
 from saezoo.report import write_report
 from saezoo.results import Result
 from saezoo.sae import SAE, SAEConfig
 from saezoo.sinks import Sinks, check_installed, open_sinks
 from saezoo.tokens import TextSource
-from saezoo.trainers import checkpoint
 from saezoo.trainers.log import Row
 from saezoo.trainers.plan import Plan, best_product, flops_per_token, make_plan, matrix_peak
-from saezoo.trainers.ranks import Ranks, Share, join, leave, may_be_restarted, started_together
 from saezoo.trainers.train import Hooks, Job, Progress, train
 from saezoo.trainers.trainee import Product, Trainee
 from saezoo.weights import NAMES

@@ -20,12 +20,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+UNDEFINED = "undefined"
+"""What stands where a metric has no value on this text: a cross-entropy of rows of one token, say."""
+
+
 class Measured(NamedTuple):
     """A number and its 95 % interval; value None: undefined on this text; ends None: the interval is not known."""
 
     value: float | None
     lo: float | None = None
     hi: float | None = None
+
+    @property
+    def known(self) -> float:
+        """The value; ValueError if it is undefined."""
+        if self.value is None:
+            raise ValueError("the metric is undefined on this text")
+        return self.value
 
 
 def measured(value: float, lo: float | None = None, hi: float | None = None) -> Measured:
@@ -107,17 +118,24 @@ def to_frame(results: Sequence[Result]) -> pandas.DataFrame:
 
 
 def to_csv(results: Sequence[Result]) -> str:
-    """CSV text; floats in full precision, unknown as an empty cell."""
-    return str(to_frame(results).to_csv(index=False))
+    """CSV text; floats in full precision, unknown as an empty cell, a metric that the text leaves undefined as
+    `undefined`."""
+    frame = to_frame(results)
+    for name in {name for result in results for name, (value, _, _) in result.metrics.items() if value is None}:
+        frame[name] = frame[name].astype(object).where(frame[name].notna(), UNDEFINED)
+    return str(frame.to_csv(index=False))
 
 
 def to_json(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """JSON-ready records: the CSV's columns with NaN and infinity as null, and the histogram as lists."""
+    """JSON-ready records: the CSV's columns, the histogram as lists, `undefined` the metrics that the text leaves so
+    (they are null), and the breakdowns: for each cell, {metric: [value, lo, hi]}."""
     records = []
     for result in results:
         row = result.flat()
         row["density_histogram"] = result.histogram
-        records.append({key: value if _finite(value) else None for key, value in row.items()})
+        row["undefined"] = [name for name, (value, _, _) in result.metrics.items() if value is None]
+        row["breakdowns"] = result.breakdowns
+        records.append(row)
     return records
 
 
@@ -167,16 +185,15 @@ _FEB2024_COLUMNS = (
 )
 
 
-_UNMEASURED = Measured(math.nan)
-
-
 def _cell(result: Result, name: str, digits: int) -> Text:
     """Value, half its interval, and (if the row has published values) the published one."""
     from rich.text import Text
 
-    value, lo, hi = result.metrics.get(name, _UNMEASURED)
+    if name not in result.metrics:
+        return Text("-")
+    value, lo, hi = result.metrics[name]
     cell = Text(_number(value, digits))
-    if lo is not None and hi is not None and math.isfinite(hi - lo):
+    if lo is not None and hi is not None:
         cell.append(f"\n±{_number((hi - lo) / 2, digits)}", style="dim")
     elif result.published:
         cell.append("\n")
@@ -186,12 +203,8 @@ def _cell(result: Result, name: str, digits: int) -> Text:
     return cell
 
 
-def _number(value: float, digits: int) -> str:
-    return f"{value:,.{digits}f}" if math.isfinite(value) else "-"
-
-
-def _finite(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+def _number(value: float | None, digits: int) -> str:
+    return UNDEFINED if value is None else f"{value:,.{digits}f}"
 
 
 def sparkline(counts: Sequence[int]) -> str:

@@ -41,13 +41,6 @@ _STALE_S = 3600  # a temporary file is renamed within seconds; one this old was 
 _JOIN_S = 10.0  # longer than a batch takes; a read from a dead network must not hold up the exit
 
 
-def cache_root() -> Path:
-    """Where token caches lie: $SAEZOO_CACHE/tokens, else $XDG_CACHE_HOME/saezoo/tokens, else ~/.cache/saezoo/tokens."""
-    if own := os.environ.get("SAEZOO_CACHE"):
-        return Path(own).expanduser() / "tokens"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saezoo" / "tokens"
-
-
 @dataclass(frozen=True)
 class _Shard:
     documents: int
@@ -67,14 +60,9 @@ class _Contents:
 class TokenCache:
     """The tokens of one text by one tokenizer, in a folder that grows as they are asked for.
 
-    `source`: the text; `tokenizer`: a fast tokenizer of transformers; `root`: usually `cache_root()`; `note` gets
-    one-line remarks for the user. A shard ends with its `shard_documents`th document, or with the one that brings it
-    to `shard_tokens` tokens.
-
-    A local file is known by its content and a data set by its revision. One without a revision is known by its name
-    alone: when it changes on the hub, the cached tokens stay those of the old text, so a note says so at each use.
-
-    Raises TextError if the file cannot be read or the cache is of a later version; SaezooError if it cannot be written.
+    `source`: the text; `tokenizer`: a fast tokenizer of transformers; `root`: usually `files.cache_folder("tokens")`;
+    `note` gets one-line remarks for the user. A shard ends with its `shard_documents`th document, or with the one that
+    brings it to `shard_tokens` tokens.
     """
 
     def __init__(

@@ -24,10 +24,10 @@ MODULES |= {f"{part}.{path.stem}": path for part in ("trainers", "evals") for pa
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 LAYERS = [
     "errors",
-    "strict_yaml files entries",
+    "strict_yaml files entries products",
     "registry",
     "hub tokens",
-    "weights lm geometric_median results shards sinks",
+    "weights lm geometric_median results shards sinks checkpoint ranks codes",
     "sae live report",
     "loading activations",
     "trainers evals",

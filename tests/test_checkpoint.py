@@ -30,8 +30,8 @@ from torch import Tensor
 
 import saezoo
 from saezoo.errors import SaezooError, TrainingError
-from saezoo.trainers import checkpoint
-from saezoo.trainers.checkpoint import KEPT, Schedule, load, remove, save
+from saezoo import checkpoint
+from saezoo.checkpoint import KEPT, Schedule, load, remove, save
 
 IDENTITY = {"lr": 0.01, "layers": "0,1", "seed": 7, "sizes": (16, 48)}
 FACTS = {"calls": 12, "cursor": {"file": "text.txt", "offset": 1 << 40}, "rate": 1 / 3, "none": None}
@@ -313,7 +313,7 @@ def test_a_size_limit(two: Path) -> None:
     """It cuts a write short like a disk that fills up."""
     program = (
         "import resource, sys, torch; from pathlib import Path; from saezoo import SaezooError\n"
-        "from saezoo.trainers.checkpoint import save\n"
+        "from saezoo.checkpoint import save\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))\n"
         "try: save(Path(sys.argv[1]), 300, {'W': torch.ones(9999)}, {}, {})\n"
         "except SaezooError as error: sys.exit(str(error))"
@@ -329,7 +329,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     """A real one of 64 KiB, where the system lets users mount one."""
     program = (
         "import os, sys, torch; from pathlib import Path; from saezoo import SaezooError\n"
-        "from saezoo.trainers.checkpoint import load, save\n"
+        "from saezoo.checkpoint import load, save\n"
         "folder = Path(sys.argv[1])\n"
         "try: [save(folder, done, {'W': torch.full((2000 * done,), done)}, {}, {}) for done in range(1, 99)]\n"
         "except SaezooError as error: print(error)\n"

@@ -53,7 +53,7 @@ def test_the_value_is_the_ratio_of_the_sums() -> None:
     assert found["explained_variance"].value == pytest.approx(float(1 - sums["e2"].sum() / sums["x2"].sum()), rel=1e-12)
     for measured in found.values():
         assert measured.lo is not None and measured.hi is not None
-        assert measured.lo - 1e-12 <= measured.value <= measured.hi + 1e-12
+        assert measured.lo - 1e-12 <= measured.known <= measured.hi + 1e-12
 
 
 @pytest.mark.parametrize("scored", [1, FEWEST - 1, FEWEST])
@@ -63,7 +63,7 @@ def test_few_documents_have_no_interval(scored: int) -> None:
     keep_N = torch.arange(20) < scored
     found = bootstrap({name: column * keep_N for name, column in sums.items()}, no_mean(20), seed=0)
     assert (found["l0"].lo is None, found["l0"].hi is None) == (scored < FEWEST, scored < FEWEST)
-    assert found["l0"].value > 0
+    assert found["l0"].known > 0
 
 
 def test_blocks_without_scored_tokens_change_nothing() -> None:
@@ -112,8 +112,8 @@ def test_jackknife_of_a_mean_is_the_textbook_standard_error() -> None:
     found = jackknife(100 * levels_G[:, None], torch.full((GROUPS,), 100.0, dtype=torch.float64), smooth)
     error = float(levels_G.std() / GROUPS**0.5)
     assert found.value == pytest.approx(float(levels_G.mean()))
-    assert found.lo == pytest.approx(found.value - 2.04 * error)
-    assert found.hi == pytest.approx(found.value + 2.04 * error)
+    assert found.lo == pytest.approx(found.known - 2.04 * error)
+    assert found.hi == pytest.approx(found.known + 2.04 * error)
 
 
 def test_jackknife_covers_the_truth_as_often_as_it_says() -> None:

@@ -96,7 +96,8 @@ def run(lm: LanguageModel, sae: SAE, rows: Rows, protocol: Protocol = "standard"
 
 
 def values(result: Result) -> dict[str, float]:
-    return {name: measured.value for name, measured in result.metrics.items()}
+    """Those that are defined."""
+    return {name: m.value for name, m in result.metrics.items() if m.value is not None}
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -346,7 +347,7 @@ def test_feature_counts() -> None:
     fires_GF = torch.zeros(32, 6, dtype=torch.float64)
     fires_GF[0] = torch.tensor([0, 1, 10, 11, 100, 101])
     tokens_G = torch.full((32,), 1000 / 32, dtype=torch.float64)
-    found = {name: measured.value for name, measured in feature_counts(fires_GF, tokens_G).items()}
+    found = {name: measured.known for name, measured in feature_counts(fires_GF, tokens_G).items()}
     unseen = found.pop("unseen_density")
     assert found == {"alive_fraction": 5 / 6, "dead": 1, "dense_100": 3, "dense_10": 1}
     assert (1 - unseen) ** 1000 == pytest.approx(0.05)

@@ -23,7 +23,7 @@ from saezoo.registry import package_folder, read_registry
 from saezoo.reproduction import Means, plan
 from saezoo.tokens import builtin
 from saezoo.trainers.plan import _checkpoint, _memory, best_product, flops_per_token
-from saezoo.trainers.ranks import Ranks
+from saezoo.ranks import Ranks
 from saezoo.trainers.train import Hooks, Job, train
 from saezoo.workflows import Options
 

@@ -29,8 +29,8 @@ import saezoo
 from saezoo import reproduction
 from saezoo.errors import UsageError
 from saezoo.lm import load_language_model
-from saezoo.trainers import checkpoint
-from saezoo.trainers.ranks import Ranks, Share, join
+from saezoo import checkpoint
+from saezoo.ranks import Ranks, Share, join
 from saezoo.trainers.train import train
 from saezoo.trainers.trainee import Product, Trainee
 

@@ -30,7 +30,7 @@ METRICS = {
     "explained_variance_uncentred": Measured(0.93081234, 0.9295, 0.932),
     "l0": Measured(57.29, 56.0, 58.5),
     "l1": Measured(1234.56),
-    "alive_fraction": Measured(math.nan),
+    "alive_fraction": Measured(None),
     "dead": Measured(3.0, 1.04, 4.96),
     "cosine": Measured(0.9, 0.9, 0.9),
     "unseen_density": Measured(4.6e-5),
@@ -158,7 +158,7 @@ def test_published_on_one_sae_only(tmp_path: Path) -> None:
 
 
 def test_published_but_not_measured(tmp_path: Path) -> None:
-    text = written(tmp_path, [result(metrics={"ce_sae": Measured(math.inf, 1.0, math.inf)}, published={"l0": 58.6})])
+    text = written(tmp_path, [result(metrics={"ce_sae": Measured(None)}, published={"l0": 58.6})])
     assert "| CE with SAE (nats/token) | – | – | – |\n| L0 (features/token) | – | 58.6 | – |\n" in text
     assert pictures(tmp_path) == ["density.png", "published.png"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from saezoo.results import Measured, Result, sparkline, table, to_csv, to_frame, to_json
+from saezoo.results import Measured, Result, measured, sparkline, table, to_csv, to_frame, to_json
 
 METRICS = {
     "ce_sae": Measured(3.4567891, 3.4, 3.5),
@@ -21,7 +21,7 @@ METRICS = {
     "explained_variance": Measured(0.9, 0.1 + 0.2, 1.0),
     "explained_variance_uncentred": Measured(0.93081234, 0.92, 0.94),
     "l0": Measured(57.29, 56.0, 58.5),
-    "l1": Measured(math.nan),
+    "l1": Measured(None),
     "alive_fraction": Measured(1.0, 0.99, 1.0),
     "dense_100": Measured(1234.0, 1200.0, 1300.0),
 }
@@ -115,9 +115,8 @@ def test_no_number_is_cut_off(protocol: str) -> None:
 
 @pytest.mark.parametrize("protocol", ["standard", "feb2024"])
 def test_what_was_not_measured_is_a_dash(protocol: str) -> None:
-    text = shown([result(protocol=protocol, metrics={"l0": Measured(math.nan, math.nan, math.nan)}, published={})])
-    assert "nan" not in text
-    assert "-–-" not in text
+    text = shown([result(protocol=protocol, metrics={"l0": Measured(None)}, published={})])
+    assert "undefined" in text
     assert " - " in text
 
 
@@ -155,7 +154,7 @@ def test_csv_cells() -> None:
     assert (row["layer"], row["tokens"], row["seed"]) == ("7", "65024", "0")
     assert row["explained_variance_lo"] == "0.30000000000000004"
     assert float(row["ce_sae"]) == METRICS["ce_sae"].value
-    assert (row["kl_sae_lo"], row["l1"], row["ce_sae_published"], row["kl_sae_published"]) == ("", "", "", "")
+    assert (row["kl_sae_lo"], row["l1"], row["ce_sae_published"], row["l1_lo"]) == ("", "undefined", "", "")
     assert (row["l0_published"], row["explained_variance_uncentred_published"]) == ("57.2", "0.9308")
     assert row["density_histogram"] == "never:3;-2:1;-1.5:0;-1:50"
 
@@ -173,15 +172,19 @@ def test_csv_quotes(name: str) -> None:
 
 def test_json() -> None:
     (record,) = to_json([result()])
-    assert list(record) == list(to_frame([result()]).columns)
+    assert list(record) == [*to_frame([result()]).columns, "undefined", "breakdowns"]
+    assert record["undefined"] == ["l1"]
     assert json.loads(json.dumps([record], allow_nan=False)) == [record]
     assert (record["l1"], record["kl_sae_lo"], record["ce_sae_published"]) == (None, None, None)
     assert record["explained_variance_lo"] == 0.1 + 0.2
     assert record["density_histogram"] == HISTOGRAM
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf])
-def test_json_has_no_infinity(value: float) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_undefined(value: float) -> None:
     """A score divides by a difference that can be 0."""
-    (record,) = to_json([result(metrics={"ce_score": Measured(value)})])
-    json.dumps(record, allow_nan=False)
+    assert measured(value, 0.0, 1.0) == Measured(None)
+    assert measured(1.0, value, 1.0) == Measured(1.0)
+    assert measured(1.0, 0.5, 2.0) == Measured(1.0, 0.5, 2.0)
+    with pytest.raises(ValueError, match="undefined"):
+        _ = Measured(None).known

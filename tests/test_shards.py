@@ -28,7 +28,8 @@ from hypothesis import strategies as st
 import saezoo
 from saezoo.entries import Dataset
 from saezoo.errors import SaezooError, TextError
-from saezoo.shards import Ids, TokenCache, cache_root
+from saezoo.files import cache_folder
+from saezoo.shards import Ids, TokenCache
 from saezoo.tokens import TextSource, encode, text_file
 
 TEXTS = [f"Document {i}: " + "ab cd " * (i * 7 % 11) for i in range(60)]
@@ -501,7 +502,7 @@ def test_where_caches_lie(monkeypatch: pytest.MonkeyPatch, environment: dict[str
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert cache_root() == Path(wanted_root).expanduser()
+    assert cache_folder("tokens") == Path(wanted_root).expanduser()
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

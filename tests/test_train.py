@@ -29,7 +29,7 @@ from saezoo.geometric_median import geometric_median
 from saezoo.lm import LanguageModel, load_language_model
 from saezoo.registry import read_registry
 from saezoo.tokens import TextSource, encode, pack_feb2024, text_file
-from saezoo.trainers import checkpoint
+from saezoo import checkpoint
 from saezoo.trainers.train import Hooks, Job, Progress, train
 from saezoo.trainers.trainee import Trainee
 

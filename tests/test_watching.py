@@ -22,7 +22,7 @@ from saezoo.lm import load_language_model
 from saezoo.registry import read_registry
 from saezoo.reproduction import Seen
 from saezoo.tokens import text_file
-from saezoo.trainers.checkpoint import Schedule
+from saezoo.checkpoint import Schedule
 from saezoo.trainers.train import Hooks, Job, Progress, train
 from saezoo.trainers.trainee import Trainee, initial_parameters
 from saezoo.watching import Watch, _checkpoint, _histogram

@@ -18,9 +18,9 @@ from saezoo.activations import residuals
 from saezoo.entries import Recipe
 from saezoo.errors import TrainingError
 from saezoo.lm import LanguageModel
+from saezoo.ranks import Ranks
 from saezoo.shards import Ids, TokenCache
 from saezoo.tokens import pack_feb2024
-from saezoo.trainers.ranks import Ranks
 
 CALLS_AT_ONCE = 8
 """Store calls in one forward pass on a GPU: 8 x 4,096 tokens fill it. On a CPU one call is enough to be efficient."""

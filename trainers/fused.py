@@ -32,9 +32,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saezoo.codes import nominating_weights
 from saezoo.entries import Recipe
 from saezoo.trainers import kernels, updates
-from saezoo.codes import nominating_weights
 from saezoo.trainers.objective import Ghost, Losses, feb2024, ghost_activations, normalise_decoder, ramp, standard
 from saezoo.trainers.trainee import Parameters, State, StepLog, Trainee
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from saezoo.activations import ActivationBuffer
+from saezoo.checkpoint import Checkpoint
 from saezoo.entries import Recipe
 from saezoo.errors import TrainingError
-from saezoo.trainers.checkpoint import Checkpoint
-from saezoo.trainers.ranks import Ranks, first_line
+from saezoo.ranks import Ranks, first_line
 from saezoo.trainers.trainee import Parameters, Product, State, Trainee
 
 _WHOLE = ("b_dec", "b_dec.exp_avg", "b_dec.exp_avg_sq")

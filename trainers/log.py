@@ -11,7 +11,7 @@ from pathlib import Path
 
 from saezoo import files
 from saezoo.errors import TrainingError
-from saezoo.trainers.ranks import Ranks
+from saezoo.ranks import Ranks
 from saezoo.trainers.trainee import StepLog, Trainee
 
 _ROWS = 500

@@ -16,8 +16,8 @@ from saezoo.activations import residuals
 from saezoo.entries import Entry, Recipe
 from saezoo.lm import LanguageModel, depth_of
 from saezoo.products import half_is_faster
+from saezoo.ranks import Ranks
 from saezoo.trainers.feed import CALLS_AT_ONCE
-from saezoo.trainers.ranks import Ranks
 from saezoo.trainers.trainee import Product, Trainee, initial_parameters
 
 _DENSE_STEPS = 150

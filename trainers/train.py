@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saezoo import shards
+from saezoo import checkpoint, files
 from saezoo.activations import ActivationBuffer
 from saezoo.entries import Entry, Recipe
 from saezoo.errors import TrainingError, UsageError
 from saezoo.geometric_median import geometric_median
 from saezoo.lm import LanguageModel, depth_of
+from saezoo.ranks import Question, Ranks
 from saezoo.shards import TokenCache
 from saezoo.tokens import TextSource
-from saezoo.trainers import checkpoint, gathering
+from saezoo.trainers import gathering
 from saezoo.trainers.feed import Cursor, Feed, store_calls
 from saezoo.trainers.log import Log, Row
-from saezoo.trainers.ranks import Question, Ranks
 from saezoo.trainers.trainee import Product, StepLog, Trainee, initial_parameters
 
 
@@ -138,7 +138,7 @@ def train(
     hooks = hooks or Hooks()
     job.check()
     ranks.check(len(job.entries), job.entries[0].d_sae)
-    cache = TokenCache(job.source, lm.tokenizer, shards.cache_root(), hooks.note)
+    cache = TokenCache(job.source, lm.tokenizer, files.cache_folder("tokens"), hooks.note)
     identity = job.facts() | {
         "model_dtype": str(lm.dtype).removeprefix("torch."),
         "text": f"{job.source.name} ({cache.folder.name})",

@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from saezoo.codes import SPARSE_BLOCK, Code, Dense, Gradients, sparse, sparse_nominated
 from saezoo.entries import Recipe
 from saezoo.errors import TrainingError
-from saezoo.codes import SPARSE_BLOCK, Code, Dense, Gradients, sparse, sparse_nominated
+from saezoo.ranks import Ranks
 from saezoo.trainers.objective import (
     Losses,
     feb2024,
@@ -24,7 +25,6 @@ from saezoo.trainers.objective import (
     remove_parallel,
     standard,
 )
-from saezoo.trainers.ranks import Ranks
 
 Product = Literal["dense", "full", "half"]
 """`dense`: every product in full. `full`, `half`: while few features fire only the encoder's, in full or in half

@@ -1,8 +1,9 @@
-"""Training on several processes (torchrun), in one of two ways; every collective of the trainer is in this file.
+"""Several processes started by torchrun; every collective is in this file.
 
-`entries`: each rank trains its share of the SAEs. `features`: each rank holds its share of every SAE's features, and
-the reconstructions are added up. In both the language model's work is shared: a rank runs its part of the store calls
-and sends the activations to those that need them.
+An evaluation divides the rows. A training is divided in one of two ways. `entries`: each rank trains its share of the
+SAEs. `features`: each rank holds its share of every SAE's features, and the reconstructions are added up. In both the
+language model's work is shared: a rank runs its part of the store calls and sends the activations to those that need
+them.
 """
 
 from __future__ import annotations
@@ -81,6 +82,10 @@ class Ranks:
             return everything
         each = len(everything) // self.size
         return everything[self.rank * each : (self.rank + 1) * each]
+
+    def part(self, n: int) -> slice:
+        """This rank's share of n things in a row, as even as can be; those of rank 0 come first."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def features(self, d_sae: int) -> slice:
         """Those of each SAE that this rank holds."""
