@@ -156,8 +156,9 @@ def get(
 @click.option("--protocol", type=click.Choice(["standard", "feb2024"]), default="standard", show_default=True)
 @click.option("--model", help="Language model: folder, hub id or registry name.")
 @click.option("--layout", help="Which published form of the SAEs.")
-@click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16, float16 or float64.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Rows at once.  [default: what fits 128 MB of logits]")
+@click.option("--dtype", default="float32", show_default=True, help="Of the model: float32, bf16, float64.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Rows at once.  [default: 4,096 tokens; GPU: 32,768]")
+@click.option("--resume", is_flag=True, help="Go on with this evaluation, interrupted.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a CSV; - for stdout.")
 @click.option("--json", "json_path", is_flag=False, flag_value="-", help="Write JSON; stdout without a file name.")
 @_runtime_options
@@ -193,7 +194,8 @@ def eval_command(
             options=workflows.Options(registry=registry, note=terminal.note, **runtime),
             **options,
         )
-    _deliver(results, csv_path, json_path)
+    if results:  # only one of several ranks has them
+        _deliver(results, csv_path, json_path)
 
 
 @main.command("reproduce")

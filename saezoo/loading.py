@@ -90,11 +90,12 @@ def load_entry(
 
 
 def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """`"bfloat16"` -> torch.bfloat16; UsageError for a name that is no floating-point dtype."""
+    """`"bfloat16"` or `"bf16"` -> torch.bfloat16; UsageError for a name that is no floating-point dtype."""
     import torch
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    found = known.get(dtype) if isinstance(dtype, str) else dtype
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+    found = known.get(short.get(dtype, dtype)) if isinstance(dtype, str) else dtype
     if found not in known.values():
         raise UsageError(f"dtype `{dtype}` is not supported; use {', '.join(known)}")
     assert found is not None
