@@ -17,6 +17,7 @@ from saezoo.errors import (
     TextError,
     TrainingError,
     UsageError,
+    VerificationError,
     WeightsError,
 )
 from saezoo.loading import load
@@ -25,6 +26,7 @@ from saezoo.registry import Registry, read_registry
 if TYPE_CHECKING:
     from saezoo.reproduction import reproduce
     from saezoo.sae import SAE, SAEConfig
+    from saezoo.verification import verify
     from saezoo.workflows import Options, Session, evaluate, load_session
 
 __all__ = [
@@ -40,12 +42,14 @@ __all__ = [
     "TextError",
     "TrainingError",
     "UsageError",
+    "VerificationError",
     "WeightsError",
     "evaluate",
     "load",
     "load_session",
     "read_registry",
     "reproduce",
+    "verify",
 ]
 
 _NEED_TORCH = {
@@ -56,6 +60,7 @@ _NEED_TORCH = {
     "evaluate": "saezoo.workflows",
     "load_session": "saezoo.workflows",
     "reproduce": "saezoo.reproduction",
+    "verify": "saezoo.verification",
 }
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from saezoo import files, terminal
-from saezoo.errors import SaezooError
+from saezoo.errors import SaezooError, VerificationError
 from saezoo.registry import read_registry
 
 if TYPE_CHECKING:
@@ -196,6 +196,49 @@ def eval_command(
         )
     if results:  # only one of several ranks has them
         _deliver(results, csv_path, json_path)
+
+
+@main.command("verify")
+@click.argument("collection")
+@click.argument("layers", default="all")
+@click.option("--tokens", type=click.IntRange(min=1), help="Tokens to run.  [default: the published text's, or 65,536]")
+@click.option("--layout", help="Which published form of the SAEs.")
+@click.option("--dtype", default="float32", show_default=True, help="Of the model: float32, bf16, float64.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Rows at once.  [default: 4,096 tokens; GPU: 32,768]")
+@click.option("--resume", is_flag=True, help="Go on with this evaluation, interrupted.")
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the verdicts as CSV; - for stdout.")
+@_runtime_options
+@click.pass_obj
+def verify_command(
+    registry: Path | None, /, collection: str, layers: str, csv_path: Path | None, **settings: Any
+) -> None:
+    """Measure what was published about SAEs, and say what is reproduced.
+
+    Exit code 1 if a value differs by more than both samples' noise allows.
+    """
+    from saezoo import verification, workflows
+
+    if csv_path is not None and str(csv_path) != "-":
+        files.check_writable(csv_path)
+    runtime = {key: settings.pop(key) for key in ("text", "dataset", "device", "seed", "offline", "dtype")}
+    with terminal.Progress("verifying") as progress:
+        found = verification.verify(
+            collection,
+            layers,
+            on_progress=progress,
+            options=workflows.Options(registry=registry, note=terminal.note, **runtime),
+            **settings,
+        )
+    if not found.results:  # only one of several ranks has them
+        return
+    if csv_path is not None:
+        _write(str(csv_path), found.to_csv())
+    if str(csv_path) != "-":
+        terminal.print_table(found.table())
+    if not found.passed:
+        differ = sum(cell.verdict == "differs" for cell in found.cells)
+        what = f"{differ} of {len(found.cells)} published values differ" if differ else "nothing could be measured"
+        raise VerificationError(f"not verified: {what}")
 
 
 @main.command("reproduce")

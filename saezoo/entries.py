@@ -143,6 +143,14 @@ class Published:
     definitions: dict[str, str]
     """Our metric's name -> how the source defines it."""
     source: tuple[str, ...]
+    tokens: int | None = None
+    """Scored tokens that each value rests on."""
+    text: str | None = None
+    """Where all of those tokens came from, as `Result.text`, if that can be had: `builtin:heldout`."""
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"`tokens` must be above 0, not {self.tokens}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
     ├── WeightsError         a file of weights is corrupt, of another shape, or of an unsupported kind
     ├── TextError            the text or data set cannot be read, or is too short
     ├── TrainingError        a run cannot start, resume or go on
+    ├── VerificationError    a published value is not reproduced
     └── UsageError           exit code 2: the request itself is wrong (unknown name, bad range)
 
 The command line prints these as one line, without a traceback. Anything else is a bug and shows its traceback.
@@ -36,6 +37,10 @@ class TextError(SaezooError):
 
 class TrainingError(SaezooError):
     """A training run cannot start, resume or go on."""
+
+
+class VerificationError(SaezooError):
+    """A published value is not reproduced, or nothing could be measured."""
 
 
 class UsageError(SaezooError):

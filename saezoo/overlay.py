@@ -77,6 +77,8 @@ def _collection(job: Job, recipe_name: str, results: list[Result]) -> dict[str, 
         "published": {
             "protocol": results[0].protocol,
             "sample": f"{results[0].tokens} tokens of {results[0].text}, seed {results[0].seed}",
+            "tokens": results[0].tokens,
+            "text": results[0].text,
             "source": ["rerun"],
             "definitions": {key: "docs/metrics.md" for key in _PUBLISHED},
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def evaluate(
     name: str | Path,
     layers: str | int | None = "all",
     *,
-    tokens: int = EVAL_TOKENS,
+    tokens: int | None = EVAL_TOKENS,
     protocol: Protocol = "standard",
     model: str | None = None,
     batch_size: int | None = None,
@@ -68,7 +69,7 @@ def evaluate(
     Args:
         name: a collection, or the folder of one SAE.
         layers: which entries of the collection (`0-3,7`, `all`); ignored for a folder.
-        tokens: tokens to run, special ones included; rounded down to whole rows.
+        tokens: tokens to run, special ones included; rounded down to whole rows. None: all of the text.
         protocol: `standard`, or `feb2024` (what the post measured: its packing, BOS replaced and scored).
         model: folder or hub id of the language model; needed for a folder whose model is not in the registry.
         batch_size: rows of tokens at once; by default 4,096 tokens on a CPU and 32,768 on a GPU.
@@ -126,7 +127,7 @@ def prepare(
     name: str | Path,
     layers: str | int | None,
     *,
-    tokens: int,
+    tokens: int | None,
     protocol: Protocol,
     model: str | None,
     layout: str | None,
@@ -145,11 +146,12 @@ def prepare(
     source = text_source(options, default=text.builtin("heldout"))
     _warn_of_other_text(entries, subjects[0], source, options)
     context = min(subjects[0].sae.config.context_size or 128, lm.n_positions)
-    if tokens < context:
+    if tokens is not None and tokens < context:
         raise UsageError(f"--tokens {tokens} is less than one row of {context} tokens; give at least {context}")
-    rows = text.collect(packed(source, lm, context, protocol), tokens=tokens, context=context, source=source.name)
+    most = sys.maxsize if tokens is None else tokens
+    rows = text.collect(packed(source, lm, context, protocol), tokens=most, context=context, source=source.name)
     total = len(rows) * context
-    if total < tokens // context * context:
+    if tokens is not None and total < tokens // context * context:
         options.note(f"{source.name} gave {total:,} of the {tokens:,} tokens asked for")
     documents = len(np.unique(rows.documents_RT))
     if documents < FEWEST:
