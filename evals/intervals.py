@@ -7,9 +7,11 @@ redrawing of this one can only lose features, never find new ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from saezoo.evals.metrics import BROKEN_DOWN, METRICS, Sums
@@ -87,6 +89,37 @@ def jackknife(fires_GF: Tensor, tokens_G: Tensor, count: Callable[[Tensor, Tenso
     error = float(((g - 1) / g * (without - without.mean()).square().sum()).sqrt())
     n_features = fires_F.numel()
     return Measured(value, max(0.0, value - _T_975 * error), min(float(n_features), value + _T_975 * error))
+
+
+def wilson(fires_GF: Tensor, tokens_G: Tensor) -> tuple[Tensor, Tensor]:
+    """Both ends [F] of each feature's density, a Wilson interval with the effective number of tokens.
+
+    `fires_GF`: tokens on which each feature fires in each group of documents [G, F]; `tokens_G`: scored tokens of each.
+    With p fires among N tokens, n = (N / d) (z / t)^2:
+
+        (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    d is the feature's design effect, the delete-one-group jackknife's variance of p over p (1 - p) / N, at least 1: a
+    word that a text is about fires in bursts. t is Student's quantile with as many degrees of freedom as there are
+    groups of equal size that would be worth these (Kish), less one. All NaN, which is unknown, with fewer than ten
+    groups. Wilson 1927, JASA 22:209; with effective numbers: Korn and Graubard 1998, Survey Methodology 24:193.
+    """
+    fires, tokens = fires_GF[tokens_G > 0].double(), tokens_G[tokens_G > 0].double()
+    share_G1 = (tokens / tokens.sum())[:, None]
+    g = len(tokens)
+    if g < FEWEST:
+        unknown_F = torch.full(fires_GF.shape[1:], torch.nan, dtype=torch.float64)
+        return unknown_F, unknown_F.clone()
+    p_F = fires.sum(0) / tokens.sum()
+    change_GF = (fires / tokens.sum() - p_F * share_G1) / (1 - share_G1)
+    simple_F = p_F * (1 - p_F) / tokens.sum()
+    effect_F = ((g - 1) / g * change_GF.square().sum(0) / simple_F).nan_to_num(1.0).clamp(min=1)
+    z, t = float(stdtrit(math.inf, 0.975)), float(stdtrit(float(1 / share_G1.square().sum()) - 1, 0.975))
+    n_F = tokens.sum() / effect_F * (z / t) ** 2
+    middle_F, half_F = p_F + z * z / (2 * n_F), z * (p_F * (1 - p_F) / n_F + (z / (2 * n_F)) ** 2).sqrt()
+    scale_F = 1 + z * z / n_F
+    # A feature that never fires has 0 in its interval, not the rounding error beside it.
+    return ((middle_F - half_F) / scale_F).where(p_F > 0, 0), ((middle_F + half_F) / scale_F).where(p_F < 1, 1)
 
 
 _BY_CELL = ("ce_clean", "ce_sae", "ce_delta", "kl_sae", "explained_variance_uncentred", "cosine", "norm_in", "l0")

@@ -10,20 +10,17 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from saezoo import files, terminal
-from saezoo.errors import SaezooError, VerificationError
+from saezoo import terminal
+from saezoo.cli_common import deliver, runtime_options
+from saezoo.cli_evals import compare_command, eval_command, verify_command
+from saezoo.errors import SaezooError
 from saezoo.registry import read_registry
-
-if TYPE_CHECKING:
-    from saezoo.results import Result
-
 
 class _Group(click.Group):
     """Suggests near commands, and turns every SaezooError into one line on stderr."""
@@ -67,23 +64,6 @@ def main(ctx: click.Context, registry: Path | None) -> None:
     if registry is not None and not registry.is_file():
         raise click.UsageError(f"no registry file {registry}")
     ctx.obj = registry
-
-
-def _runtime_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options of every command that runs a model."""
-    for option in reversed(
-        [
-            click.option("--text", help="`builtin` or a file (.txt, .jsonl)."),
-            click.option("--dataset", help="Registry data set (openwebtext) or hub id, streamed."),
-            click.option("--device", default="cpu", show_default=True, help="torch device."),
-            click.option(
-                "--seed", default=0, type=click.IntRange(0, 2**32), show_default=True, help="Seed of everything random."
-            ),
-            click.option("--offline", is_flag=True, help="Never touch the network."),
-        ]
-    ):
-        command = option(command)
-    return command
 
 
 @main.command("list")
@@ -149,96 +129,8 @@ def get(
         click.echo(fetched.weights)
 
 
-@main.command("eval")
-@click.argument("collection")
-@click.argument("layers", required=False)
-@click.option("--tokens", type=click.IntRange(min=1), help="Tokens to run.  [default: 65,536]")
-@click.option("--protocol", type=click.Choice(["standard", "feb2024"]), default="standard", show_default=True)
-@click.option("--model", help="Language model: folder, hub id or registry name.")
-@click.option("--layout", help="Which published form of the SAEs.")
-@click.option("--dtype", default="float32", show_default=True, help="Of the model: float32, bf16, float64.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Rows at once.  [default: 4,096 tokens; GPU: 32,768]")
-@click.option("--resume", is_flag=True, help="Go on with this evaluation, interrupted.")
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a CSV; - for stdout.")
-@click.option("--json", "json_path", is_flag=False, flag_value="-", help="Write JSON; stdout without a file name.")
-@_runtime_options
-@click.pass_obj
-def eval_command(
-    registry: Path | None,
-    /,
-    collection: str,
-    layers: str | None,
-    tokens: int | None,
-    csv_path: Path | None,
-    json_path: str | None,
-    **options: Any,
-) -> None:
-    """Measure SAEs of a COLLECTION, or one local SAE folder.
-
-    Without --text or --dataset: on the bundled held-out text.
-    """
-    from saezoo import workflows
-
-    if str(csv_path) == "-" and json_path == "-":
-        raise click.UsageError("--csv - and --json would both go to stdout; give one of them a file")
-    for path in (csv_path, json_path):
-        if path is not None and str(path) != "-":
-            files.check_writable(Path(path))
-    runtime = {key: options.pop(key) for key in ("text", "dataset", "device", "seed", "offline", "dtype")}
-    with terminal.Progress("evaluating") as progress:
-        results = workflows.evaluate(
-            collection,
-            layers,
-            tokens=tokens or workflows.EVAL_TOKENS,
-            on_progress=progress,
-            options=workflows.Options(registry=registry, note=terminal.note, **runtime),
-            **options,
-        )
-    if results:  # only one of several ranks has them
-        _deliver(results, csv_path, json_path)
-
-
-@main.command("verify")
-@click.argument("collection")
-@click.argument("layers", default="all")
-@click.option("--tokens", type=click.IntRange(min=1), help="Tokens to run.  [default: the published text's, or 65,536]")
-@click.option("--layout", help="Which published form of the SAEs.")
-@click.option("--dtype", default="float32", show_default=True, help="Of the model: float32, bf16, float64.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Rows at once.  [default: 4,096 tokens; GPU: 32,768]")
-@click.option("--resume", is_flag=True, help="Go on with this evaluation, interrupted.")
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the verdicts as CSV; - for stdout.")
-@_runtime_options
-@click.pass_obj
-def verify_command(
-    registry: Path | None, /, collection: str, layers: str, csv_path: Path | None, **settings: Any
-) -> None:
-    """Measure what was published about SAEs, and say what is reproduced.
-
-    Exit code 1 if a value differs by more than both samples' noise allows.
-    """
-    from saezoo import verification, workflows
-
-    if csv_path is not None and str(csv_path) != "-":
-        files.check_writable(csv_path)
-    runtime = {key: settings.pop(key) for key in ("text", "dataset", "device", "seed", "offline", "dtype")}
-    with terminal.Progress("verifying") as progress:
-        found = verification.verify(
-            collection,
-            layers,
-            on_progress=progress,
-            options=workflows.Options(registry=registry, note=terminal.note, **runtime),
-            **settings,
-        )
-    if not found.results:  # only one of several ranks has them
-        return
-    if csv_path is not None:
-        _write(str(csv_path), found.to_csv())
-    if str(csv_path) != "-":
-        terminal.print_table(found.table())
-    if not found.passed:
-        differ = sum(cell.verdict == "differs" for cell in found.cells)
-        what = f"{differ} of {len(found.cells)} published values differ" if differ else "nothing could be measured"
-        raise VerificationError(f"not verified: {what}")
+for _command in (eval_command, verify_command, compare_command):
+    main.add_command(_command)
 
 
 @main.command("reproduce")
@@ -273,7 +165,7 @@ def verify_command(
 )
 @click.option("--tensorboard", is_flag=True, help="Log to RUN FOLDER/tensorboard too.")
 @click.option("--wandb", metavar="PROJECT", help="Log to Weights & Biases too.")
-@_runtime_options
+@runtime_options
 @click.pass_obj
 def reproduce_command(
     registry: Path | None,
@@ -314,32 +206,9 @@ def reproduce_command(
             **chosen,
         )
     if results:  # only one of several ranks has them
-        _deliver(results, None, None)
+        deliver(results, None, None)
         terminal.note(f"report: {folder / 'report.md'}; use them: saezoo --registry {folder / 'registry.yaml'} list")
         click.echo(folder)
-
-
-def _deliver(results: list[Result], csv_path: Path | None, json_path: str | None) -> None:
-    """CSV and JSON where asked; the table on stdout unless data goes there."""
-    from saezoo import results as forms
-
-    to_stdout = str(csv_path) == "-" or json_path == "-"
-    if not to_stdout:
-        terminal.print_table(forms.table(results))
-    if csv_path is not None:
-        _write(str(csv_path), forms.to_csv(results))
-    if json_path is not None:
-        _write(json_path, json.dumps(forms.to_json(results), indent=2) + "\n")
-
-
-def _write(path: str, text: str) -> None:
-    from saezoo import results as forms
-
-    if path == "-":
-        click.echo(text, nl=False)
-    else:
-        forms.write_text(Path(path), text)
-        terminal.note(f"wrote {path}")
 
 
 def _print_json(value: Any) -> None:

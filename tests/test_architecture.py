@@ -33,8 +33,9 @@ LAYERS = [
     "trainers evals",
     "hooked overlay",
     "workflows",
-    "reproduction terminal",
-    "watching",
+    "reproduction verification comparison terminal",
+    "watching cli_common",
+    "cli_evals",
     "cli",
     "__main__ __init__",
 ]

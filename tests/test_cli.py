@@ -29,18 +29,21 @@ OPTIONS = {
     "list": "--json",
     "info": "--json",
     "get": "--layout --with-model --offline",
-    "eval": "--tokens --protocol --model --layout --dtype --batch-size --csv --json --text --dataset --device --seed"
-    " --offline",
+    "eval": "--tokens --protocol --model --layout --dtype --batch-size --resume --csv --json --text --dataset --device"
+    " --seed --offline",
+    "verify": "--tokens --layout --dtype --batch-size --resume --csv --text --dataset --device --seed --offline",
+    "compare": "--tokens --threshold --model --dtype --csv --json --text --dataset --device --seed --offline",
     "reproduce": "--tokens --out --recipe --resume --plan --eval-tokens --product --model-dtype --share --tensorboard"
     " --wandb --text --dataset --device --seed --offline",
 }
 ABOUT = "collection layer hook model protocol text context rows tokens documents seed device dtype"
 VERSIONS = "torch_version transformers_version saezoo_version python_version"
 METRICS = (
-    "ce_clean ce_sae ce_zero ce_mean ce_delta ce_score kl_sae kl_zero kl_score explained_variance"
-    " explained_variance_uncentred mse cosine norm_in norm_out norm_ratio l0 l1 alive_fraction dead"
-    " dense_100 dense_10 unseen_density gm_distance_b_dec gm_distance_b_dec_relative gm_distance_mean"
-    " gm_distance_mean_relative gm_spread gm_sample"
+    "ce_clean ce_sae ce_zero ce_mean ce_unigram ce_delta ce_score ce_score_mean ce_score_unigram kl_sae kl_zero"
+    " kl_score explained_variance explained_variance_uncentred mse cosine norm_in norm_out norm_ratio l0 l1"
+    " alive_fraction dead dense_100 dense_10 unseen_density gm_distance_b_dec gm_distance_b_dec_relative"
+    " gm_distance_mean gm_distance_mean_relative gm_spread gm_sample decoder_norm decoder_norm_min decoder_norm_max"
+    " encoder_norm encoder_decoder_cosine"
 )
 
 
@@ -115,7 +118,7 @@ def test_every_option_is_meant(name: str) -> None:
 def test_help_names_every_command() -> None:
     result = saezoo("--help")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert list(OPTIONS)[1:] == ["list", "info", "get", "eval", "reproduce"]
+    assert list(OPTIONS)[1:] == ["list", "info", "get", "eval", "verify", "compare", "reproduce"]
     assert set(re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)) == set(OPTIONS) - {"saezoo"}
     assert saezoo("-h").stdout == result.stdout
 
@@ -162,7 +165,7 @@ def test_info_json() -> None:
     ("arguments", "message"),
     [
         (["lst"], "no command `lst`; did you mean `list`?"),
-        (["zzzz"], "no command `zzzz`; commands: list, info, get, eval, reproduce"),
+        (["zzzz"], "no command `zzzz`; commands: list, info, get, reproduce, eval, verify, compare"),
         (["--registry", "absent.yaml", "list"], "no registry file absent.yaml"),
         (["info", "gpt2-smal-res", "0"], "no collection `gpt2-smal-res`; did you mean `gpt2-small-res`?"),
         (["info", "gpt2-small-res"], "Missing argument 'LAYER'."),
