@@ -18,6 +18,13 @@ from saezoo.errors import VerificationError
 @click.argument("layers", required=False)
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens to run.  [default: 65,536]")
 @click.option("--protocol", type=click.Choice(["standard", "feb2024"]), default="standard", show_default=True)
+@click.option(
+    "--suite",
+    type=click.Choice(["standard", "full"]),
+    default="standard",
+    show_default=True,
+    help="full: description length, absorption, probing and decoder structure too.",
+)
 @click.option("--model", help="Language model: folder, hub id or registry name.")
 @click.option("--layout", help="Which published form of the SAEs.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the model: float32, bf16, float64.")

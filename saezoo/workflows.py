@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from saezoo.sae import SAE
 from saezoo.tokens import TextSource
 
 EVAL_TOKENS = 65_536
+Suite = Literal["standard", "full"]
 _FEB2024_ROWS = 32
 _SESSION_ROWS = 32  # a small buffer: the first batch waits for four times as many rows
 
@@ -60,6 +61,7 @@ def evaluate(
     model: str | None = None,
     batch_size: int | None = None,
     layout: str | None = None,
+    suite: Suite = "standard",
     resume: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     options: Options | None = None,
@@ -74,6 +76,7 @@ def evaluate(
         model: folder or hub id of the language model; needed for a folder whose model is not in the registry.
         batch_size: rows of tokens at once; by default 4,096 tokens on a CPU and 32,768 on a GPU.
         layout: which published form of the entries to read.
+        suite: `full` adds the metrics of docs/suite.md: description length, absorption, probing, decoder structure.
         resume: go on with the same evaluation, interrupted; what takes over 20 seconds is saved now and then.
         on_progress: called with (tokens done, tokens in all).
         options: text, device, dtype, seed, offline, registry. With half a dtype the SAEs stay in float32 (see `lm.py`).
@@ -92,7 +95,7 @@ def evaluate(
     try:
         task = prepare(name, layers, tokens=tokens, protocol=protocol, model=model, layout=layout, options=options)
         total = task.rows.tokens_RT.size
-        return run_evals(
+        results = run_evals(
             task.subjects,
             task.lm,
             task.rows,
@@ -109,6 +112,27 @@ def evaluate(
         )
     finally:
         leave()
+    return (
+        [_with_full_suite(*pair, task, options) for pair in zip(results, task.subjects)] if suite == "full" else results
+    )
+
+
+def _with_full_suite(result: Result, subject: Subject, task: Task, options: Options) -> Result:
+    """`result` with the metrics of docs/suite.md, from the same rows, and the tables behind them."""
+    from saezoo.evals.suite import full_suite
+
+    found = full_suite(
+        subject.sae,
+        task.lm,
+        task.rows,
+        seed=options.seed,
+        on_progress=lambda stage: options.note(f"layer {subject.layer}: {stage}"),
+    )
+    details = {
+        "absorption": [dataclasses.asdict(letter) for letter in found.absorption.letters],
+        "probing": [dataclasses.asdict(probed) for probed in found.probing.tasks],
+    }
+    return dataclasses.replace(result, metrics=result.metrics | found.metrics, details=details)
 
 
 @dataclass(frozen=True)
