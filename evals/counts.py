@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from saezoo.evals.intervals import alive_again, jackknife
-from saezoo.results import Measured
+from saezoo.evals.intervals import alive_again, jackknife, wilson
+from saezoo.results import Measured, Result
+
+if TYPE_CHECKING:
+    import pandas
 
 _EDGES = [x / 2 for x in range(-12, 1)]  # log10 density from 1e-6 to 1, half a decade each
 
@@ -48,3 +52,36 @@ def histogram(fires_F: Tensor, tokens: float) -> dict[str, Any]:
         "counts": [int(count) for count in counts],
         "never": int((fires_F == 0).sum()),
     }
+
+
+def densities(result: Result) -> pandas.DataFrame:
+    """One row per feature: `fires` of `tokens` scored tokens, its density, and the ends of that by `intervals.wilson`.
+
+    NaN, an empty cell of a CSV, is unknown. Raises ValueError if `result` does not hold what it was computed from.
+    """
+    import pandas as pd
+
+    if result.blocks is None:
+        raise ValueError("this result was not measured here: the firing counts of its features are not known")
+    fires_GF, tokens_G = result.blocks.fires_GF, result.blocks.tokens_G
+    fires_F, tokens = fires_GF.sum(0).long(), int(tokens_G.sum())
+    lo_F, hi_F = wilson(fires_GF, tokens_G)
+    return pd.DataFrame(
+        {
+            "collection": result.collection,
+            "layer": result.layer,
+            "feature": range(len(fires_F)),
+            "fires": fires_F.tolist(),
+            "tokens": tokens,
+            "density": (fires_F.double() / tokens).tolist(),
+            "density_lo": lo_F.tolist(),
+            "density_hi": hi_F.tolist(),
+        }
+    )
+
+
+def densities_csv(results: Sequence[Result]) -> str:
+    """CSV text: the rows of `densities` of all results."""
+    import pandas as pd
+
+    return str(pd.concat([densities(result) for result in results], ignore_index=True).to_csv(index=False))

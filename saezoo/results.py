@@ -1,22 +1,24 @@
-"""Results: one record per evaluated SAE, and its forms (rich table, CSV, JSON).
+"""Results: one record per evaluated SAE, and its forms (CSV, JSON; `tables.py` has those to look at).
 
 The column schema is documented in docs/metrics.md and only ever grows. Unknown is an empty cell, never a number.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saezoo import files
+from saezoo.errors import UsageError
 
 if TYPE_CHECKING:
     import pandas
-    from rich.table import Table
-    from rich.text import Text
     from torch import Tensor
 
 
@@ -91,6 +93,8 @@ class Result:
     breakdowns: dict[str, list[dict[str, Measured]]] = field(default_factory=dict, repr=False)
     """`position`: one record of metrics for each position of a row; `frequency`: for each tenth of the tokens, the most
     frequent first."""
+    details: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
+    """Tables behind the full suite's metrics: `probing`, a record for each task; `absorption`, for each letter."""
 
     def flat(self) -> dict[str, Any]:
         """One CSV row."""
@@ -135,6 +139,7 @@ def to_json(results: Sequence[Result]) -> list[dict[str, Any]]:
         row["density_histogram"] = result.histogram
         row["undefined"] = [name for name, (value, _, _) in result.metrics.items() if value is None]
         row["breakdowns"] = result.breakdowns
+        row["details"] = result.details
         records.append(row)
     return records
 
@@ -145,66 +150,75 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def table(results: Sequence[Result]) -> Table:
-    """The table for the terminal, at most 100 columns: the protocol decides which metrics it shows."""
-    from rich.table import Table
-    from rich.text import Text
+def append_csv(path: Path, results: Sequence[Result]) -> None:
+    """Add the rows of `to_csv` to a CSV with the same columns; a file that is not there, or is empty, is made.
 
-    first = results[0]
-    columns = _FEB2024_COLUMNS if first.protocol == "feb2024" else _STANDARD_COLUMNS
-    shown = Table(
-        title=Text(f"{first.collection} · {first.protocol} protocol · {first.tokens:,} tokens of {first.text}"),
-        caption="±: half of the 95 % interval over documents",
-        caption_justify="left",
-    )
-    shown.add_column("layer", justify="right")
-    for label, _, _ in columns:
-        shown.add_column(label, justify="right")
-    shown.add_column("density 1e-6–1")
+    The file is replaced as a whole: it never holds half a row. Two processes must not append to it at once. Raises
+    UsageError, and leaves it as it is, if its columns are others.
+    """
+    text = to_csv(results)
+    try:
+        before = path.read_bytes().decode() if path.is_file() else ""
+    except ValueError:
+        raise UsageError(f"cannot append to {path}: it is not text in UTF-8; give a new file") from None
+    except OSError as error:
+        raise UsageError(f"cannot append to {path}: {error.strerror}; give a new file") from None
+    if not before:
+        write_text(path, text)
+        return
+    theirs, ours = (next(csv.reader(io.StringIO(content)), []) for content in (before.removeprefix("\ufeff"), text))
+    for i, (old, new) in enumerate(itertools.zip_longest(theirs, ours), 1):
+        if old != new:
+            there, here = ("missing" if name is None else repr(name) for name in (old, new))
+            raise UsageError(f"cannot append to {path}: its column {i} is {there}, here it is {here}; give a new file")
+    _, rows = text.split("\n", 1)  # no column name holds a line break
+    with files.replacing(path) as temporary:
+        temporary.write_bytes((before + ("" if before.endswith("\n") else "\n") + rows).encode())
+
+
+_PER_TARGET, _PER_TOKEN = ("ce_clean", "ce_sae"), ("kl_sae", "cosine", "norm_in", "l0")
+
+
+def breakdown_csv(results: Sequence[Result]) -> str:
+    """CSV text in long form: a row for each cell, with its tokens and for each metric value, `_lo` and `_hi`.
+
+    `by`: position (`key` 0 is the first of a row), frequency (1 is the tenth of the tokens that are the most frequent)
+    or document. More than 2,048 documents are folded: block `key` then holds those of this number modulo 2,048. A
+    single document has no interval. Undefined is `undefined`, unknown an empty cell.
+    """
+    import pandas as pd
+
+    rows = []
     for result in results:
-        cells = [_cell(result, metric, digits) for _, metric, digits in columns]
-        name = Text(result.layer).append("\n\npublished" if result.published else "", style="cyan")
-        shown.add_row(name, *cells, sparkline(result.histogram["counts"]), end_section=bool(result.published))
-    return shown
+        cells = [("position", key, cell) for key, cell in enumerate(result.breakdowns.get("position", []))]
+        cells += [("frequency", key, cell) for key, cell in enumerate(result.breakdowns.get("frequency", []), 1)]
+        cells += [("document", key, cell) for key, cell in _by_document(result)]
+        for by, key, cell in cells:
+            row = {"collection": result.collection, "layer": result.layer, "by": by, "key": key}
+            row["tokens"] = int(cell["tokens"].known)
+            for name, (value, lo, hi) in cell.items():
+                if name != "tokens":
+                    row |= {name: UNDEFINED if value is None else value, f"{name}_lo": lo, f"{name}_hi": hi}
+            rows.append(row)
+    head = ["collection", "layer", "by", "key", "tokens"]
+    return str((pd.DataFrame(rows) if rows else pd.DataFrame(columns=head)).to_csv(index=False))
 
 
-_STANDARD_COLUMNS = (
-    ("ΔCE", "ce_delta", 4),
-    ("CE score", "ce_score", 4),
-    ("expl. var.", "explained_variance", 4),
-    ("L0", "l0", 2),
-    ("alive", "alive_fraction", 4),
-    (">1/100", "dense_100", 0),
-)
-_FEB2024_COLUMNS = (
-    ("CE with SAE", "ce_sae", 3),
-    ("expl. var. unc.", "explained_variance_uncentred", 4),
-    ("L1", "l1", 2),
-    ("L0", "l0", 2),
-    ("alive", "alive_fraction", 4),
-)
-
-
-def _cell(result: Result, name: str, digits: int) -> Text:
-    """Value, half its interval, and (if the row has published values) the published one."""
-    from rich.text import Text
-
-    if name not in result.metrics:
-        return Text("-")
-    value, lo, hi = result.metrics[name]
-    cell = Text(_number(value, digits))
-    if lo is not None and hi is not None:
-        cell.append(f"\n±{_number((hi - lo) / 2, digits)}", style="dim")
-    elif result.published:
-        cell.append("\n")
-    if result.published:
-        published = result.published.get(name)
-        cell.append("\n" + ("" if published is None else _number(published, digits)), style="cyan")
-    return cell
-
-
-def _number(value: float | None, digits: int) -> str:
-    return UNDEFINED if value is None else f"{value:,.{digits}f}"
+def _by_document(result: Result) -> Iterator[tuple[int, dict[str, Measured]]]:
+    """(block, its metrics) of each block of documents with a scored token; docs/metrics.md has the formulas."""
+    if result.blocks is None:
+        return
+    sums = {name: column_N.tolist() for name, column_N in result.blocks.sums.items()}
+    for block, tokens in enumerate(sums["tokens"]):
+        if tokens == 0:
+            continue
+        targets = sums["targets"][block]
+        cell = {"tokens": Measured(tokens)}
+        cell |= {name: Measured(sums[name][block] / targets if targets else None) for name in _PER_TARGET}
+        delta = (sums["ce_sae"][block] - sums["ce_clean"][block]) / targets if targets else None
+        cell |= {name: Measured(sums[name][block] / tokens) for name in _PER_TOKEN}
+        cell["explained_variance_uncentred"] = Measured(1 - sums["unexplained"][block] / tokens)
+        yield block, cell | {"ce_delta": Measured(delta)}
 
 
 def sparkline(counts: Sequence[int]) -> str:

@@ -81,16 +81,26 @@ def _new_bar() -> Any:
     )
 
 
-def print_table(table: Any) -> None:
-    """Print a rich table on stdout, at least 100 columns wide unless the terminal is narrower."""
+def width() -> int:
+    """Columns that a table on stdout may have: the terminal's, or 100 in a pipe or a file."""
+    console = _stdout()
+    return console.width if console.is_terminal else 100
+
+
+def print_table(*tables: Any) -> None:
+    """Print rich tables on stdout, `width()` columns wide at most; no colours or boldness where it is no terminal."""
+    console = _stdout()
+    console.width = width()
+    for table in tables:
+        console.print(table)
+    sys.stdout.flush()
+
+
+def _stdout() -> Any:
     from rich.console import Console
 
     # Names come from registry files and folders: none of their text is markup.
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = max(100, console.width)
-    console.print(table)
-    sys.stdout.flush()
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 def ranges(names: list[str]) -> str:

@@ -112,9 +112,10 @@ def evaluate(
         )
     finally:
         leave()
-    return (
-        [_with_full_suite(*pair, task, options) for pair in zip(results, task.subjects)] if suite == "full" else results
-    )
+    if suite == "standard" or not results:
+        return results
+    pairs = zip(results, task.subjects, strict=True)
+    return [_with_full_suite(result, subject, task, options) for result, subject in pairs]
 
 
 def _with_full_suite(result: Result, subject: Subject, task: Task, options: Options) -> Result:
