@@ -193,7 +193,7 @@ class Evaluation:
         h_nD = resid_BTD[batch.scored_BT]
         _must_be_finite(h_nD, f"the activations at {sae.config.hook} are not finite in {batch.rows}")
         x_nD, y_nD, code = reconstruct(sae, h_nD)
-        _must_be_finite(y_nD, f"SAE {self.subjects[i].layer} gives values that are not finite: its weights are damaged")
+        _must_be_finite(y_nD, f"SAE {self.subjects[i].layer} gives values that are not finite in {batch.rows}")
         spliced_BTD = resid_BTD.clone()
         spliced_BTD[batch.scored_BT] = (y_nD + h_nD.mean(-1, keepdim=True) if sae.config.centre else y_nD).to(
             h_nD.dtype
@@ -238,7 +238,7 @@ class _Batch:
 
 def _must_be_finite(tensor: Tensor, message: str) -> None:
     if not bool(tensor.isfinite().all()):
-        raise SaezooError(f"{message}; their metrics would mean nothing")
+        raise SaezooError(f"{message}; metrics would mean nothing")
 
 
 def _depth(subject: Subject, lm: LanguageModel) -> int:
@@ -247,6 +247,9 @@ def _depth(subject: Subject, lm: LanguageModel) -> int:
         raise UsageError(f"{subject.layer}: the SAE reads width {config.d_in}, the model has {lm.d_model}")
     if config.hook is None:
         raise UsageError(f"{subject.layer}: cfg.json does not say which hook the SAE reads")
+    for name, tensor in subject.sae.named_parameters():
+        # A sum is finite only if all terms are. NaN must not get as far as the encoder, where it fires no feature.
+        _must_be_finite(tensor.sum(), f"{name} of SAE {subject.layer} holds values that are not finite")
     return depth_of(config.hook, lm.n_layers)
 
 

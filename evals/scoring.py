@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saezoo.entries import Protocol
+from saezoo.errors import UsageError
 from saezoo.evals.tally import BLOCKS, TENTHS, Places
 from saezoo.lm import LanguageModel
 from saezoo.tokens import Rows
@@ -30,8 +31,11 @@ class Scoring:
 
     @classmethod
     def of(cls, rows: Rows, lm: LanguageModel, protocol: Protocol, seed: int) -> Scoring:
-        """`standard` scores all but special tokens, `feb2024` all."""
+        """`standard` scores all but special tokens, `feb2024` all. UsageError for tokens that the model lacks."""
         tokens_RT = torch.from_numpy(rows.tokens_RT)
+        if int(tokens_RT.max()) >= lm.vocab:
+            largest = int(tokens_RT.max())
+            raise UsageError(f"token {largest} of a model with {lm.vocab}: its folder holds another model's tokenizer")
         special_RT = torch.isin(tokens_RT, torch.tensor(sorted(lm.special_ids)))
         scored_RT = torch.ones_like(special_RT) if protocol == "feb2024" else ~special_RT
         tenth_V = tenths(torch.bincount(tokens_RT[scored_RT], minlength=lm.vocab))

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saezoo import files
+from saezoo.plots import densities as _densities
+from saezoo.plots import grid as _grid
+from saezoo.plots import literal as _literal
 from saezoo.results import Measured, Result, write_text
 
 if TYPE_CHECKING:
@@ -63,9 +66,9 @@ _TRAINING = (
     "cut off; dead features had not fired for more than the recipe's `dead_after_steps`."
 )
 _DENSITY = (
-    "How many features fire on which fraction of the evaluated tokens: left of the dashed line a feature has more "
-    "than a 5 % chance of never firing in this sample, and those that never fired are in the title, not in the bars; "
-    "densities below 1e-6 are in the first bar."
+    "How many features fire on which fraction of the evaluated tokens; densities below 1e-6 are in the first bar, and "
+    "features that never fired in the white one. In the hatched part a feature has more than a 5 % chance of never "
+    "firing in this sample. By the post's reading, densities above 1/100 (shaded) are too dense."
 )
 _PUBLISHED = (
     "Dots are measured, bars their 95 % intervals (none where none is known), diamonds are published; a diamond that "
@@ -193,29 +196,11 @@ def _picture(folder: Path, name: str, alternative: str, figure: Figure) -> str:
     return f"![{alternative}]({name})"
 
 
-def _grid(panels: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure with `panels` axes of `width` x `height` inches."""
-    from matplotlib.figure import Figure
-
-    columns = min(columns, panels)
-    rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
-    for spare in axes[panels:]:
-        spare.remove()
-    return figure, axes[:panels]
-
-
 def _colours(n: int) -> list[Any]:
     """Dark to light, in the order of the layers; ends before the yellow that white swallows."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.9 * i / max(1, n - 1)) for i in range(n)]
-
-
-def _literal(text: str) -> str:
-    """A name without matplotlib's mathematics in it."""
-    return text.replace("$", r"\$")
 
 
 def _training(log: Log, curves: Sequence[_Curve]) -> Figure:
@@ -250,25 +235,6 @@ def _dress(axis: Axes, curve: _Curve, highest: float) -> None:
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     if curve.column == "explained_variance_uncentred" and highest > 0:
         axis.set_ylim(max(0, axis.get_ylim()[0]), 1.02)  # the first steps can lie far below, and would squeeze the rest
-
-
-def _densities(results: Sequence[Result]) -> Figure:
-    # A picture of one panel must still be as wide as the label below it.
-    figure, axes = _grid(len(results), 4, max(3.0, 6.0 / len(results)), 2.4, sharex=True, sharey=True)
-    for axis, colour, result in zip(axes, _colours(len(results)), results, strict=True):
-        edges, counts, never = (result.histogram[key] for key in ("edges", "counts", "never"))
-        axis.stairs(counts, edges, fill=True, color=colour)
-        unseen = result.metrics.get("unseen_density", Measured(None)).value
-        if unseen is not None:
-            axis.axvline(math.log10(unseen), color="0.4", linestyle="--", linewidth=1.0)
-        axis.set_title(
-            f"layer {_literal(result.layer)}: {never:,} of {never + sum(counts):,} never fired", fontsize=8.5
-        )
-    for axis in axes[-4:]:
-        axis.tick_params(labelbottom=True)  # the lowest of each column, also where the last row is short
-    figure.supxlabel("log10 of the fraction of tokens on which a feature fires")
-    figure.supylabel("features")
-    return figure
 
 
 def _published_metrics(results: Sequence[Result]) -> dict[str, str]:
