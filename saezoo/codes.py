@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, one_hot
 
+from saezoo.products import linear
+
 SPARSE_BLOCK = 2048
 """Features at once on a CPU: their products [2048, 4096] stay near the cores."""
 
@@ -66,7 +68,7 @@ class Dense:
         self.fires_F, self.sums_F = (torch.cat(part) for part in zip(*parts, strict=True))
 
     def _encode(self, features: slice) -> Tensor:
-        return torch.addmm(self._b_enc_F[features], self._x_BD, self._W_enc_FD[features].T).relu_()
+        return linear(self._x_BD, self._W_enc_FD[features], self._b_enc_F[features]).relu_()
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         for features in blocks(len(self._W_enc_FD), self._block):
@@ -76,7 +78,7 @@ class Dense:
         """As `Code` says."""
         x_hat_BD = torch.zeros_like(self._x_BD)
         for features, f_BC in self._blocks():
-            x_hat_BD.addmm_(f_BC, W_dec_FD[features])
+            x_hat_BD += linear(f_BC, W_dec_FD[features].T)
         return x_hat_BD
 
     def per_token(self) -> tuple[Tensor, Tensor]:
@@ -94,10 +96,10 @@ class Dense:
         """As `Code` says."""
         found = Gradients(*map(torch.empty_like, (self._W_enc_FD, self._b_enc_F, W_dec_FD)))
         for features, f_BC in self._blocks():
-            torch.mm(f_BC.T, grad_BD, out=found.W_dec_FD[features])
-            grad_BC = torch.addmm(l1_F[features], grad_BD, W_dec_FD[features].T)
+            found.W_dec_FD[features] = linear(f_BC.T, grad_BD.T)
+            grad_BC = linear(grad_BD, W_dec_FD[features], l1_F[features])
             grad_BC.masked_fill_(f_BC == 0, 0)
-            torch.mm(grad_BC.T, self._x_BD, out=found.W_enc_FD[features])
+            found.W_enc_FD[features] = linear(grad_BC.T, self._x_BD.T)
             torch.sum(grad_BC, 0, out=found.b_enc_F[features])
         return found
 
@@ -143,7 +145,7 @@ def sparse(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, block: int = SPARSE_
     """The pairs with f_bi > 0, from the encoder's product in full precision."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for features in blocks(len(W_enc_FD), block):
-        pre_CB = torch.addmm(b_enc_F[features, None], W_enc_FD[features], x_BD.T)
+        pre_CB = linear(W_enc_FD[features], x_BD).add_(b_enc_F[features, None])
         feature_N, token_N = (pre_CB > 0).nonzero(as_tuple=True)
         parts.append((feature_N + features.start, token_N, pre_CB[feature_N, token_N]))
     feature_N, token_N, value_N = (torch.cat(part) for part in zip(*parts, strict=True))
