@@ -17,10 +17,11 @@ from typing import Any
 import click
 
 from saezoo import terminal
-from saezoo.cli_common import deliver, runtime_options
+from saezoo.cli_common import Outputs, deliver, runtime_options
 from saezoo.cli_evals import compare_command, eval_command, verify_command
 from saezoo.errors import SaezooError
 from saezoo.registry import read_registry
+
 
 class _Group(click.Group):
     """Suggests near commands, and turns every SaezooError into one line on stderr."""
@@ -206,7 +207,7 @@ def reproduce_command(
             **chosen,
         )
     if results:  # only one of several ranks has them
-        deliver(results, None, None)
+        deliver(results, Outputs())
         terminal.note(f"report: {folder / 'report.md'}; use them: saezoo --registry {folder / 'registry.yaml'} list")
         click.echo(folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,26 +33,65 @@ def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def check_outputs(csv_path: Path | None, json_path: str | None) -> None:
-    """Refuse, before long work, two outputs to stdout and files that cannot be written."""
-    if str(csv_path) == "-" and json_path == "-":
-        raise click.UsageError("--csv - and --json would both go to stdout; give one of them a file")
-    for path in (csv_path, json_path):
-        if path is not None and str(path) != "-":
-            files.check_writable(Path(path))
+@dataclass(frozen=True)
+class Outputs:
+    """Where results go, besides the table; `-` is stdout."""
+
+    csv: Path | None = None
+    append: bool = False
+    """Add rows to the CSV that is there."""
+    json: str | None = None
+    markdown: Path | None = None
+    breakdown: Path | None = None
+    densities: Path | None = None
+    plots: Path | None = None
+    """A folder."""
+
+    def check(self) -> None:
+        """Refuse, before long work, two outputs to stdout and what cannot be written."""
+        if self.to_stdout > 1:
+            raise click.UsageError("--csv - and --json would both go to stdout; give one of them a file")
+        if self.append and (self.csv is None or str(self.csv) == "-"):
+            raise click.UsageError("--append needs a file: --csv FILE")
+        for path in (self.csv, self.json, self.markdown, self.breakdown, self.densities):
+            if path is not None and str(path) != "-":
+                files.check_writable(Path(path))
+        if self.plots is not None:
+            files.check_folder(self.plots)
+
+    @property
+    def to_stdout(self) -> int:
+        """How many of them go there."""
+        return (str(self.csv) == "-") + (self.json == "-")
 
 
-def deliver(results: list[Result], csv_path: Path | None, json_path: str | None) -> None:
-    """CSV and JSON where asked; the table on stdout unless data goes there."""
+def deliver(results: list[Result], outputs: Outputs) -> None:
+    """Everything that was asked for; the table on stdout unless data goes there."""
     from saezoo import results as forms
+    from saezoo import tables
 
-    to_stdout = str(csv_path) == "-" or json_path == "-"
-    if not to_stdout:
-        terminal.print_table(forms.table(results))
-    if csv_path is not None:
-        write(str(csv_path), forms.to_csv(results))
-    if json_path is not None:
-        write(json_path, json.dumps(forms.to_json(results), indent=2) + "\n")
+    if not outputs.to_stdout:
+        terminal.print_table(*tables.tables(results, terminal.width()))
+    if outputs.csv is not None and outputs.append:
+        forms.append_csv(outputs.csv, results)
+        terminal.note(f"added to {outputs.csv}")
+    elif outputs.csv is not None:
+        write(str(outputs.csv), forms.to_csv(results))
+    if outputs.json is not None:
+        write(outputs.json, json.dumps(forms.to_json(results), indent=2) + "\n")
+    if outputs.markdown is not None:
+        write(str(outputs.markdown), tables.to_markdown(results))
+    if outputs.breakdown is not None:
+        write(str(outputs.breakdown), forms.breakdown_csv(results))
+    if outputs.densities is not None:
+        from saezoo.evals.counts import densities_csv
+
+        write(str(outputs.densities), densities_csv(results))
+    if outputs.plots is not None:
+        from saezoo.plots import save_plots
+
+        for path in save_plots(results, outputs.plots):
+            terminal.note(f"wrote {path}")
 
 
 def write(path: str, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from saezoo import files, terminal
-from saezoo.cli_common import check_outputs, deliver, runtime_options, write
+from saezoo.cli_common import Outputs, deliver, runtime_options, write
 from saezoo.errors import VerificationError
 
 
@@ -32,6 +32,11 @@ from saezoo.errors import VerificationError
 @click.option("--resume", is_flag=True, help="Go on with this evaluation, interrupted.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a CSV; - for stdout.")
 @click.option("--json", "json_path", is_flag=False, flag_value="-", help="Write JSON; stdout without a file name.")
+@click.option("--append", is_flag=True, help="Add rows to the CSV, if it has the same columns.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Write a Markdown table.")
+@click.option("--breakdown", type=click.Path(path_type=Path), help="CSV by position, token frequency and document.")
+@click.option("--densities", type=click.Path(path_type=Path), help="CSV with a row for each feature.")
+@click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Folder for pictures, PNG and SVG.")
 @runtime_options
 @click.pass_obj
 def eval_command(
@@ -50,7 +55,9 @@ def eval_command(
     """
     from saezoo import workflows
 
-    check_outputs(csv_path, json_path)
+    written = {key: options.pop(key) for key in ("append", "markdown", "breakdown", "densities", "plots")}
+    outputs = Outputs(csv_path, json=json_path, **written)
+    outputs.check()
     runtime = {key: options.pop(key) for key in ("text", "dataset", "device", "seed", "offline", "dtype")}
     with terminal.Progress("evaluating") as progress:
         results = workflows.evaluate(
@@ -62,7 +69,7 @@ def eval_command(
             **options,
         )
     if results:  # only one of several ranks has them
-        deliver(results, csv_path, json_path)
+        deliver(results, outputs)
 
 
 @click.command("verify")
@@ -139,7 +146,7 @@ def compare_command(
     """
     from saezoo import comparison, workflows
 
-    check_outputs(csv_path, json_path)
+    Outputs(csv_path, json=json_path).check()
     with terminal.Progress("comparing") as progress:
         found = comparison.compare(
             a,

@@ -45,6 +45,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_folder(path: Path) -> None:
+    """Make the folder, and raise SaezooError now, rather than after long work, if files cannot be written in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    check_writable(path / "check")
+
+
 def check_writable(path: Path) -> None:
     """Raise SaezooError now, rather than after long work, if `path` cannot be written."""
     if path.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from saezoo.evals import evaluate as run_evals
 from saezoo.evals.intervals import FEWEST
 from saezoo.lm import HALF, LanguageModel, depth_of, load_language_model
 from saezoo.loading import load, load_entry, named_dtype
-from saezoo.ranks import join, leave
+from saezoo.ranks import Ranks, join, leave
 from saezoo.registry import read_registry
 from saezoo.results import Result
 from saezoo.sae import SAE
@@ -84,15 +85,7 @@ def evaluate(
     Under torchrun the ranks share the rows, and rank 0 alone gets the results; the others get [].
     Raises SaezooError of some kind for everything a user can get wrong.
     """
-    options = options or Options()
-    named_dtype(options.dtype)
-    check_device(options.device)
-    ranks, device = join(options.device, "entries")
-    options = dataclasses.replace(options, device=device)
-    if ranks.rank > 0:
-        options = dataclasses.replace(options, note=lambda message: None)
-        on_progress = None
-    try:
+    with _together(options or Options()) as (ranks, options):
         task = prepare(name, layers, tokens=tokens, protocol=protocol, model=model, layout=layout, options=options)
         total = task.rows.tokens_RT.size
         results = run_evals(
@@ -108,14 +101,25 @@ def evaluate(
             states=files.cache_folder("evals"),
             resume=resume,
             note=options.note,
-            on_progress=None if on_progress is None else lambda done: on_progress(done, total),
+            on_progress=None if on_progress is None or ranks.rank else lambda done: on_progress(done, total),
         )
-    finally:
-        leave()
     if suite == "standard" or not results:
         return results
     pairs = zip(results, task.subjects, strict=True)
     return [_with_full_suite(result, subject, task, options) for result, subject in pairs]
+
+
+@contextmanager
+def _together(options: Options) -> Iterator[tuple[Ranks, Options]]:
+    """This process's place under torchrun, and its options: a device of its own, and silence but on rank 0."""
+    named_dtype(options.dtype)
+    check_device(options.device)
+    ranks, device = join(options.device, "entries")
+    try:
+        note = options.note if ranks.rank == 0 else lambda message: None
+        yield ranks, dataclasses.replace(options, device=device, note=note)
+    finally:
+        leave()
 
 
 def _with_full_suite(result: Result, subject: Subject, task: Task, options: Options) -> Result:

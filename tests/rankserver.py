@@ -29,10 +29,10 @@ from saezoo import reproduction, workflows
 from saezoo.cli import main
 from saezoo.errors import SaezooError
 from saezoo.lm import LanguageModel, load_language_model
+from saezoo.ranks import Ranks, Share, join, leave
 from saezoo.registry import read_registry
 from saezoo.tokens import text_file
 from saezoo.trainers import gathering
-from saezoo.ranks import Ranks, Share, join, leave
 from saezoo.trainers.train import Hooks, Job, Progress, train
 from saezoo.trainers.trainee import Product, Trainee, initial_parameters
 

@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import saezoo
-from saezoo.errors import SaezooError, TrainingError
 from saezoo import checkpoint
 from saezoo.checkpoint import KEPT, Schedule, load, remove, save
+from saezoo.errors import SaezooError, TrainingError
 
 IDENTITY = {"lr": 0.01, "layers": "0,1", "seed": 7, "sizes": (16, 48)}
 FACTS = {"calls": 12, "cursor": {"file": "text.txt", "offset": 1 << 40}, "rate": 1 / 3, "none": None}

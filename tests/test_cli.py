@@ -29,8 +29,8 @@ OPTIONS = {
     "list": "--json",
     "info": "--json",
     "get": "--layout --with-model --offline",
-    "eval": "--tokens --protocol --model --layout --dtype --batch-size --resume --csv --json --text --dataset --device"
-    " --seed --offline",
+    "eval": "--tokens --protocol --suite --model --layout --dtype --batch-size --resume --csv --json --append"
+    " --markdown --breakdown --densities --plots --text --dataset --device --seed --offline",
     "verify": "--tokens --layout --dtype --batch-size --resume --csv --text --dataset --device --seed --offline",
     "compare": "--tokens --threshold --model --dtype --csv --json --text --dataset --device --seed --offline",
     "reproduce": "--tokens --out --recipe --resume --plan --eval-tokens --product --model-dtype --share --tensorboard"

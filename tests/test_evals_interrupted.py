@@ -80,13 +80,8 @@ def test_only_the_same_evaluation_is_resumed(lm: LanguageModel, rows: Rows, tmp_
     common: dict[str, Any] = {"states": tmp_path, "batch_size": 3, "text": "a text"}
     with pytest.raises(SaezooError):
         evaluate([Subject(sae, "tiny", "1")], lm, rows, **common, on_progress=stop_after(300))
-    changes = {
-        "seed": {"seed": 1},
-        "protocol": {"protocol": "feb2024"},
-        "text": {"text": "x"},
-        "batch_size": {"batch_size": 4},
-    }
-    common |= changes.get(change, {})
+    changes: dict[str, Any] = {"seed": 1, "protocol": "feb2024", "text": "another", "batch_size": 4}
+    common |= {change: changes[change]} if change in changes else {}
     if change == "weights":
         sae.W_dec[3, 2] += 1e-6
     if change == "rows":

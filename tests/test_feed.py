@@ -22,11 +22,11 @@ from saezoo.entries import Recipe
 from saezoo.errors import TrainingError
 from saezoo.hooked import hooked_model
 from saezoo.lm import LanguageModel, load_language_model
+from saezoo.ranks import Ranks
 from saezoo.registry import package_folder, read_registry
 from saezoo.shards import TokenCache
 from saezoo.tokens import builtin, encode, pack_feb2024, text_file
 from saezoo.trainers.feed import Call, Cursor, Feed, store_calls
-from saezoo.ranks import Ranks
 
 BOS, CONTEXT, START = 256, 8, Cursor(0, 0)
 BUNDLED = package_folder() / "bundled" / "tiny-lm"

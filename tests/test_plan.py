@@ -19,11 +19,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from saezoo.cli import main
 from saezoo.errors import TrainingError
 from saezoo.lm import LanguageModel, load_language_model
+from saezoo.ranks import Ranks
 from saezoo.registry import package_folder, read_registry
 from saezoo.reproduction import Means, plan
 from saezoo.tokens import builtin
 from saezoo.trainers.plan import _checkpoint, _memory, best_product, flops_per_token
-from saezoo.ranks import Ranks
 from saezoo.trainers.train import Hooks, Job, train
 from saezoo.workflows import Options
 

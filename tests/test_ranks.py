@@ -26,10 +26,9 @@ from test_train import lines
 from torch import Tensor
 
 import saezoo
-from saezoo import reproduction
+from saezoo import checkpoint, reproduction
 from saezoo.errors import UsageError
 from saezoo.lm import load_language_model
-from saezoo import checkpoint
 from saezoo.ranks import Ranks, Share, join
 from saezoo.trainers.train import train
 from saezoo.trainers.trainee import Product, Trainee

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.transforms import Bbox
 
-from saezoo import report
+from saezoo import plots, report
 from saezoo.errors import SaezooError
 from saezoo.report import write_report
 from saezoo.results import Measured, Result
@@ -206,7 +205,7 @@ def test_no_text_is_cut_off_or_covered(tmp_path: Path, layers: int, kind: str) -
     results = [result(name) for name in NAMES[:layers]]
     figure = {
         "training": lambda: report._training(report._read_log(tmp_path / "log.csv"), report._CURVES),
-        "density": lambda: report._densities(results),
+        "density": lambda: plots.densities(results),
         "published": lambda: report._comparison(results),
     }[kind]()
     boxes = boxes_of(figure)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import saezoo
+from saezoo import checkpoint
 from saezoo.activations import ActivationBuffer, activations
 from saezoo.entries import Entry
 from saezoo.errors import SaezooError, TrainingError, UsageError
@@ -29,7 +30,6 @@ from saezoo.geometric_median import geometric_median
 from saezoo.lm import LanguageModel, load_language_model
 from saezoo.registry import read_registry
 from saezoo.tokens import TextSource, encode, pack_feb2024, text_file
-from saezoo import checkpoint
 from saezoo.trainers.train import Hooks, Job, Progress, train
 from saezoo.trainers.trainee import Trainee
 

@@ -160,7 +160,7 @@ def test_nothing_published_and_no_text(tmp_path: Path, zoo: dict[str, Any]) -> N
         verify("again", options=Options(registry=path))
 
 
-def cell(measured: Result, published: dict[str, float], tokens: int | None = 4096, **changes: Any) -> list[Cell]:
+def cell(measured: Result, published: dict[str, float | None], tokens: int | None = 4096, **changes: Any) -> list[Cell]:
     result = dataclasses.replace(measured, published=published, **changes)
     return judge([result], tokens, None)
 

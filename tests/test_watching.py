@@ -17,12 +17,12 @@ import pytest
 import torch
 from smallrun import arguments, start, write_overlay, write_text
 
+from saezoo.checkpoint import Schedule
 from saezoo.live import TrainingView
 from saezoo.lm import load_language_model
 from saezoo.registry import read_registry
 from saezoo.reproduction import Seen
 from saezoo.tokens import text_file
-from saezoo.checkpoint import Schedule
 from saezoo.trainers.train import Hooks, Job, Progress, train
 from saezoo.trainers.trainee import Trainee, initial_parameters
 from saezoo.watching import Watch, _checkpoint, _histogram

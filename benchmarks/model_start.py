@@ -1,12 +1,12 @@
 """GPT-2 small ready to run: saezoo's way (transformers' blocks, mean subtracted) beside TransformerLens' centred model.
 
     python benchmarks/gpt2_small_replica.py build --cache DIR --tokenizer DIR [DIR …]      (3.5 GB, once)
-    python benchmarks/model.py --cache DIR
+    python benchmarks/model_start.py --cache DIR
 
 Each in a process of its own, files in the page cache. `seconds` is from the folder of the model's files, with torch and
 transformers imported, to the residual streams of one row of 128 tokens; `before_s` is what comes before: those imports,
 and the checking of the files' hashes, which are the same for both. Then the largest difference between the two at each
-depth, relative to the largest entry of that depth, in float32. Appends to results/model.csv.
+depth, relative to the largest entry of that depth, in float32. Appends to results/model_start.csv.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--cache", type=lambda text: Path(text).resolve(), required=True, help="folder of the replicas")
     parser.add_argument("--tool", choices=("saezoo", "transformer_lens"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--csv", type=Path, default=RESULTS / "model.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "model_start.csv")
     args = parser.parse_args()
     if args.tool:
         sys.path.insert(0, str(ROOT))
@@ -86,7 +86,7 @@ def main() -> None:
                 row = in_fresh_process(
                     sys.executable, __file__, "--cache", str(args.cache), "--tool", tool, "--out", out
                 )
-                best[tool] = min(best.get(tool, row), row, key=lambda r: r["seconds"])  # type: ignore[no-any-return]
+                best[tool] = min(best.get(tool, row), row, key=lambda r: float(r["seconds"]))
         ours, theirs = (torch.load(Path(folder) / tool) for tool in ("saezoo", "transformer_lens"))
     difference = float(((ours - theirs).abs().amax((1, 2, 3)) / theirs.abs().amax((1, 2, 3))).max())
     ratio = best["transformer_lens"]["seconds"] / best["saezoo"]["seconds"]
