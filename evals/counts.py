@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saezoo.evals.intervals import alive_again, jackknife, wilson
+from saezoo.evals.intervals import alive_again, redrawn_count, wilson
 from saezoo.results import Measured, Result
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def feature_counts(fires_GF: Tensor, tokens_G: Tensor) -> dict[str, Measured]:
     return {
         "alive_fraction": alive,
         "dead": dead,
-        "dense_100": jackknife(fires_GF, tokens_G, lambda fires, n: (fires > n / 100).sum()),
-        "dense_10": jackknife(fires_GF, tokens_G, lambda fires, n: (fires > n / 10).sum()),
+        "dense_100": redrawn_count(fires_GF, tokens_G, lambda fires, n: (fires > n / 100).sum()),
+        "dense_10": redrawn_count(fires_GF, tokens_G, lambda fires, n: (fires > n / 10).sum()),
         "unseen_density": Measured(1 - 0.05 ** (1 / tokens)),
     }
 
