@@ -62,7 +62,7 @@ class Documents(NamedTuple):
 
     def values(self) -> dict[str, float]:
         ones = torch.ones(1, len(self.x_sum_ND), dtype=torch.float64)
-        found = intervals._apply(self.sums, self.x_sum_ND, ones)
+        found = intervals.apply(self.sums, self.x_sum_ND, ones)
         return {name: float(found[name]) for name in METRICS}
 
 
@@ -98,7 +98,7 @@ def check_metrics(hits: Hits, part: str, sample: Documents, truth: dict[str, flo
     """One sample's intervals by all methods."""
     n = len(sample.x_sum_ND)
     ours = intervals.bootstrap(sample.sums, sample.x_sum_ND, seed=seed)
-    draws = intervals._apply(sample.sums, sample.x_sum_ND, intervals.redrawn(n, seed))
+    draws = intervals.apply(sample.sums, sample.x_sum_ND, intervals.redrawn(n, seed))
     tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
     tokens = float(sample.sums["tokens"].sum())
     for name in METRICS:

@@ -369,34 +369,19 @@ def _histogram(matched: Matching) -> dict[str, list[Any]]:
 def paired_differences(a: Blocks, b: Blocks, *, seed: int = 0) -> dict[str, Measured]:
     """Every metric of A minus that of B, with the 95 % interval of the difference.
 
-    Percentile bootstrap over blocks of documents, as in `evals/intervals.py`, but each draw takes the same documents
-    for both SAEs: what makes a document hard for both cancels. Fewer than ten blocks: no interval; a metric that is
-    undefined for one of them has no difference. Raises UsageError unless both were measured on the same tokens.
+    The studentised bootstrap of `evals/intervals.py`, each draw taking the same documents for both SAEs: what makes a
+    document hard for both cancels. Fewer than ten blocks: no interval; a metric that is undefined for one of them has
+    no difference. Raises UsageError unless both were measured on the same tokens.
     """
     tokens_N = a.sums["tokens"]
     if not torch.equal(tokens_N, b.sums["tokens"]):
         raise UsageError("the two results are not of the same tokens of the same documents; measure both on one text")
     full = tokens_N > 0
-    n = int(full.sum())
-    sides = [({name: column[full] for name, column in each.sums.items()}, each.x_sum_ND[full]) for each in (a, b)]
 
     def difference(weights_RN: Tensor) -> dict[str, Tensor]:
-        of_a, of_b = (intervals._apply(sums, x_sum_ND, weights_RN) for sums, x_sum_ND in sides)
+        of_a, of_b = (intervals.apply(sums, x_sum_ND, weights_RN) for sums, x_sum_ND in sides)
         return {name: of_a[name] - of_b[name] for name in of_a}
 
-    values = difference(torch.ones(1, n, dtype=torch.float64))
-    if n < FEWEST:
-        return {name: measured(float(value[0])) for name, value in values.items()}
-    draws = difference(_redrawn(n, seed))
-    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {
-        name: measured(float(values[name][0]), *(float(q) for q in torch.quantile(draws[name], tails)))
-        for name in values
-    }
-
-
-def _redrawn(n: int, seed: int) -> Tensor:
-    """How often each of n blocks is in each draw [R, n]: the draws of `intervals.bootstrap`."""
-    picks_RN = torch.randint(n, (intervals.DRAWS, n), generator=torch.Generator().manual_seed(seed))
-    ones_RN = torch.ones(intervals.DRAWS, n, dtype=torch.float64)
-    return torch.zeros_like(ones_RN).scatter_add_(1, picks_RN, ones_RN)
+    with torch.inference_mode(False):  # tensors made in that mode cannot be differentiated
+        sides = [({name: column[full] for name, column in each.sums.items()}, each.x_sum_ND[full]) for each in (a, b)]
+        return intervals.studentised(difference, tokens_N[full], seed=seed)

@@ -40,7 +40,7 @@ def bootstrap(sums_KN: dict[str, Tensor], x_sum_ND: Tensor, *, seed: int) -> dic
         full = sums_KN["tokens"] > 0
         sums = {name: column[full] for name, column in sums_KN.items()}
         x_sum_ND = x_sum_ND[full]
-        return studentised(lambda weights_RN: _apply(sums, x_sum_ND, weights_RN), sums["tokens"], seed=seed)
+        return studentised(lambda weights_RN: apply(sums, x_sum_ND, weights_RN), sums["tokens"], seed=seed)
 
 
 def studentised(statistics: Statistics, tokens_N: Tensor, *, seed: int) -> dict[str, Measured]:
@@ -115,7 +115,8 @@ def _student(effective: float) -> float:
     return float(stdtrit(effective - 1, 0.975))
 
 
-def _apply(sums: dict[str, Tensor], x_sum_ND: Tensor, weights_RN: Tensor) -> dict[str, Tensor]:
+def apply(sums: dict[str, Tensor], x_sum_ND: Tensor, weights_RN: Tensor) -> dict[str, Tensor]:
+    """Every metric [R] when each block counts as often as `weights_RN` says."""
     totals: dict[str, Tensor] = {name: weights_RN @ column for name, column in sums.items()}
     mean_RD = (weights_RN @ x_sum_ND) / totals["tokens"][:, None]
     view: Sums = {**totals, "mean_x2": mean_RD.square().sum(-1)}

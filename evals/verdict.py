@@ -77,9 +77,10 @@ def _allowed(
         return None, f"{result.documents} documents give no interval; more --tokens"
     if tokens is None:
         return None, "the published value's number of tokens is unknown"
-    error = (here.hi - here.lo) / (2 * 1.96)
+    freedom = result.documents - 1
+    error = (here.hi - here.lo) / (2 * float(t.ppf(0.975, freedom)))
     both = error * (1 + result.tokens / tokens) ** 0.5
-    quantile = float(t.ppf(1 - _FALSE_ALARM / (2 * cells), result.documents - 1))
+    quantile = float(t.ppf(1 - _FALSE_ALARM / (2 * cells), freedom))
     return quantile * both + half_unit, f"{quantile:.2f} standard errors of both"
 
 
