@@ -30,9 +30,9 @@ from saezoo.results import Result
 from saezoo.sae import SAE
 from saezoo.tokens import Rows
 
-_CPU_BATCH, _GPU_BATCH = 4096, 32_768  # tokens
+_CPU_BATCH, _GPU_BATCH = 2048, 32_768  # tokens
 _SAMPLE = 250_000  # activations for the geometric median, the post's number
-_SAMPLE_BYTES = 512 << 20  # of all SAEs together: twelve of GPT-2 small keep 14,563 each
+_SAMPLE_BYTES = 128 << 20  # of all SAEs together: twelve of GPT-2 small keep 3,640 each
 _SPARSE_BELOW = 0.1  # fraction of pairs above 0
 _PROBE = 64  # tokens that tell
 _STOPPED = "stopped; {:,} tokens are done and saved, the same command with --resume goes on from there"
@@ -61,7 +61,7 @@ def evaluate(
         rows: packed tokens, at most as long as the model's positions.
         protocol: `standard` neither replaces nor scores special tokens (BOS); `feb2024` replaces and scores all.
         seed: of the bootstrap draws and of the sample for the geometric median.
-        batch_size: rows at once; by default 4,096 tokens on a CPU and 32,768 on a GPU.
+        batch_size: rows at once; by default 2,048 tokens on a CPU and 32,768 on a GPU.
         ranks: the processes that share the rows; all call this with the same arguments, and rank 0 gets the results.
         states: folder for the sums of an evaluation that takes long; removed at its end.
         resume: go on from what an interrupted evaluation left there.
@@ -272,7 +272,7 @@ def encode(x_nD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor) -> Code:
     if (probe_nF > 0).sum() > _SPARSE_BELOW * probe_nF.numel() or not bool(x_nD.isfinite().all()):
         return Dense(x_nD, W_enc_DF.T, b_enc_F, W_enc_DF.shape[1])
     nominate = x_nD.dtype == torch.float32 and half_is_faster(x_nD.device)
-    return (sparse_nominated if nominate else sparse)(x_nD, W_enc_DF.T.contiguous(), b_enc_F)
+    return (sparse_nominated if nominate else sparse)(x_nD, W_enc_DF.T, b_enc_F)
 
 
 def reconstruction_values(x_nD: Tensor, y_nD: Tensor) -> dict[str, Tensor]:

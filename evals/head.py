@@ -53,10 +53,12 @@ class Head:
 
     def __init__(self, lm: LanguageModel) -> None:
         self._norm = lm.hf_model.transformer.ln_f
-        u_VD = lm.hf_model.lm_head.weight
-        self.u_VD = u_VD - u_VD.mean(0)
-        """In full precision: what single logits are taken with."""
-        self._product_VD = self.u_VD.to(lm.dtype) if lm.dtype in HALF else self.u_VD
+        self._weight_VD = lm.hf_model.lm_head.weight
+        self._mean_D = self._weight_VD.mean(0)
+        half = lm.dtype in HALF
+        self._product_VD = (self._weight_VD - self._mean_D).to(lm.dtype if half else self._weight_VD.dtype)
+        # What one vector is multiplied with: full precision in any case.
+        self._single_VD = self._weight_VD if half else self._product_VD
         self._tile = _GPU_TILE if lm.device.type == "cuda" else _CPU_TILE
 
     def clean(self, resid_nD: Tensor) -> Clean:
@@ -86,15 +88,17 @@ class Head:
 
     def cross_entropy(self, h_nD: Tensor, lse_n: Tensor, target_n: Tensor) -> Tensor:
         """-log p(target) [n], float64."""
-        logit_n: Tensor = (h_nD.double() * self.u_VD[target_n].double()).sum(1)
+        u_nD = self._weight_VD[target_n].double() - self._mean_D.double()
+        logit_n: Tensor = (h_nD.double() * u_nD).sum(1)
         return lse_n - logit_n
 
     def constant(self, resid_D: Tensor) -> Constant:
         """When the last residual is the same vector everywhere."""
         h_1D = self._norm(resid_D[None])
-        log_p_V = torch.mv(self.u_VD, h_1D[0]).double().log_softmax(0)
-        # log p = h . u - L(h), at any token:
-        lse_1 = (h_1D[0].double() * self.u_VD[0].double()).sum()[None] - log_p_V[:1]
+        log_p_V = torch.mv(self._single_VD, h_1D[0]).double().log_softmax(0)
+        first_1 = torch.zeros(1, dtype=torch.int64, device=h_1D.device)
+        minus_logit_1 = self.cross_entropy(h_1D, torch.zeros_like(log_p_V[:1]), first_1)
+        lse_1 = -log_p_V[:1] - minus_logit_1  # -log p(v) = L(h) - h . u_v, at any v
         return Constant(h_1D, lse_1, log_p_V.cpu())
 
     def _lse(self, h_nD: Tensor, near_n: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from saezoo.errors import VerificationError
 @click.option("--model", help="Language model: folder, hub id or registry name.")
 @click.option("--layout", help="Which published form of the SAEs.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the model: float32, bf16, float64.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Rows at once.  [default: 4,096 tokens; GPU: 32,768]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Rows at once.  [default: 2,048 tokens; GPU: 32,768]")
 @click.option("--resume", is_flag=True, help="Go on with this evaluation, interrupted.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a CSV; - for stdout.")
 @click.option("--json", "json_path", is_flag=False, flag_value="-", help="Write JSON; stdout without a file name.")
@@ -78,7 +78,7 @@ def eval_command(
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens to run.  [default: the published text's, or 65,536]")
 @click.option("--layout", help="Which published form of the SAEs.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the model: float32, bf16, float64.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Rows at once.  [default: 4,096 tokens; GPU: 32,768]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Rows at once.  [default: 2,048 tokens; GPU: 32,768]")
 @click.option("--resume", is_flag=True, help="Go on with this evaluation, interrupted.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the verdicts as CSV; - for stdout.")
 @runtime_options

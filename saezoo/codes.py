@@ -145,7 +145,7 @@ def sparse(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, block: int = SPARSE_
     """The pairs with f_bi > 0, from the encoder's product in full precision."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for features in blocks(len(W_enc_FD), block):
-        pre_CB = linear(W_enc_FD[features], x_BD).add_(b_enc_F[features, None])
+        pre_CB = linear(W_enc_FD[features].contiguous(), x_BD).add_(b_enc_F[features, None])
         feature_N, token_N = (pre_CB > 0).nonzero(as_tuple=True)
         parts.append((feature_N + features.start, token_N, pre_CB[feature_N, token_N]))
     feature_N, token_N, value_N = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -158,7 +158,7 @@ def sparse_nominated(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, block: int
     x_BK = nominating_inputs(x_BD, dtype)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for features in blocks(len(W_enc_FD), block):
-        W_CD = W_enc_FD[features]
+        W_CD = W_enc_FD[features].contiguous()  # a transposed view is copied a block at a time
         W_CK = nominating_weights(W_CD, b_enc_F[features], dtype)
         feature_N, token_N = (W_CK @ x_BK.T > 0).nonzero(as_tuple=True)
         ends_C1 = _ends(torch.bincount(feature_N, minlength=len(W_CD)))

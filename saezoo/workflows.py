@@ -75,7 +75,7 @@ def evaluate(
         tokens: tokens to run, special ones included; rounded down to whole rows. None: all of the text.
         protocol: `standard`, or `feb2024` (what the post measured: its packing, BOS replaced and scored).
         model: folder or hub id of the language model; needed for a folder whose model is not in the registry.
-        batch_size: rows of tokens at once; by default 4,096 tokens on a CPU and 32,768 on a GPU.
+        batch_size: rows of tokens at once; by default 2,048 tokens on a CPU and 32,768 on a GPU.
         layout: which published form of the entries to read.
         suite: `full` adds the metrics of docs/suite.md: description length, absorption, probing, decoder structure.
         resume: go on with the same evaluation, interrupted; what takes over 20 seconds is saved now and then.
