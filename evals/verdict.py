@@ -10,6 +10,7 @@ that of our documents.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
@@ -38,14 +39,19 @@ class Cell:
     """Why it is not measurable; else how it was judged."""
 
 
-def judge(results: list[Result], tokens: int | None, text: str | None) -> list[Cell]:
+def judge(
+    results: list[Result], tokens: int | None, text: str | None, table: Sequence[tuple[str, float]] = ()
+) -> list[Cell]:
     """Every published value of `results`, which share text and protocol.
 
     `tokens`: scored tokens that each published value rests on, None if unknown; `text`: the source of all of them, if
-    it is known and can be had.
+    it is known and can be had; `table`: all of (metric, value) that was published with them, which tells how many
+    digits were (3.951 beside 3.8895 is 3.9510).
     """
     pairs = [(r, name, value) for r in results for name, value in r.published.items() if value is not None]
-    digits = {name: max(_decimals(value) for _, other, value in pairs if other == name) for _, name, _ in pairs}
+    digits: dict[str, int] = {}
+    for name, value in [*table, *((name, value) for _, name, value in pairs)]:
+        digits[name] = max(digits.get(name, 0), _decimals(value))
     same = tokens == results[0].tokens and text == results[0].text
     found: list[Cell] = []
     for result, name, value in pairs:

@@ -139,7 +139,9 @@ def verify(
         on_progress=on_progress,
         options=options,
     )
-    return Verification(results, judge(results, how.tokens, how.text) if results else [])
+    siblings = read_registry(options.registry).find(collection, "all")
+    table = [(name, value) for e in siblings for name, value in e.published.items() if value is not None]
+    return Verification(results, judge(results, how.tokens, how.text, table) if results else [])
 
 
 def _text_of(entry: Entry) -> tuple[str | None, str | None]:
