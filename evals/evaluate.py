@@ -34,7 +34,7 @@ _CPU_BATCH, _GPU_BATCH = 2048, 32_768  # tokens
 _SAMPLE = 250_000  # activations for the geometric median, the post's number
 _SAMPLE_BYTES = 128 << 20  # of all SAEs together: twelve of GPT-2 small keep 3,640 each
 _SPARSE_BELOW = 0.1  # fraction of pairs above 0
-_PROBE = 64  # tokens that tell
+_PROBE = 16  # tokens that tell
 _STOPPED = "stopped; {:,} tokens are done and saved, the same command with --resume goes on from there"
 
 
