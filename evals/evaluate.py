@@ -86,7 +86,9 @@ def evaluate(
             if saved is not None and done < last:
                 saved.offer(done - first)
     except KeyboardInterrupt:
-        kept = 0 if saved is None else saved.saved() * run.scoring.context
+        if saved is None:
+            raise
+        kept = saved.saved() * run.scoring.context
         raise SaezooError(_STOPPED.format(kept) if kept else "stopped; nothing was saved yet") from None
     everyone = ranks.collect(named(run.tallies), None)
     if saved is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import yaml
 
@@ -58,7 +57,7 @@ def _collection(job: Job, recipe_name: str, results: list[Result]) -> dict[str, 
             "name": entry.name,
             "hook": entry.hook,
             "neuronpedia": None,
-            "published": {key: _six_digits(result.metrics[key].known) for key in _PUBLISHED},
+            "published": {key: _six_digits(result.metrics[key].value) for key in _PUBLISHED},
             "files": {},
         }
         for entry, result in zip(job.entries, results, strict=True)
@@ -86,6 +85,6 @@ def _collection(job: Job, recipe_name: str, results: list[Result]) -> dict[str, 
     }
 
 
-def _six_digits(value: float) -> float | None:
+def _six_digits(value: float | None) -> float | None:
     """None where there is no value: some metrics have none on very little text."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return None if value is None else float(f"{value:.6g}")

@@ -17,7 +17,7 @@ from saezoo import checkpoint, files
 from saezoo import results as forms
 from saezoo import tokens as text
 from saezoo.entries import Entry, Recipe
-from saezoo.errors import UsageError
+from saezoo.errors import TrainingError, UsageError
 from saezoo.evals import Subject
 from saezoo.evals import evaluate as run_evals
 from saezoo.lm import LanguageModel, depth_of, load_language_model
@@ -115,7 +115,12 @@ def reproduce(
             return []
         saes = [_finished(entry, trainee, out) for entry, trainee in zip(job.entries, trainees, strict=True)]
         facts = run | {"wall time": f"{time.monotonic() - begin:,.0f} s, before the evaluation"}
-        results = _measure(saes, job, lm, *rows, on_eval, options)
+        try:
+            results = _measure(saes, job, lm, *rows, on_eval, options)
+        except KeyboardInterrupt:
+            raise TrainingError(
+                "stopped in the evaluation after the training; the same command with --resume goes on there"
+            ) from None
         _describe(job, recipe_name, out, results, facts)
         checkpoint.remove(out)  # not before: an evaluation that was interrupted can be come back to
         return results

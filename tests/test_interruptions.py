@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from smallrun import arguments, start, wait_for_rows, write_overlay, write_text
 
 from saezoo.cli import main
+from saezoo.errors import TrainingError
 from saezoo.reproduction import reproduce
 from saezoo.trainers.log import Row
 from saezoo.workflows import Options
@@ -158,7 +159,7 @@ def test_interrupted_while_evaluating(stopped: Place, uninterrupted: dict[str, b
         raise KeyboardInterrupt
 
     options = Options(text=stopped.folder / "text.txt", registry=stopped.folder / "overlay.yaml")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TrainingError, match=r"stopped in the evaluation .* --resume goes on there"):
         reproduce("small", out=stopped.run, tokens=TOKENS, resume=True, on_eval=on_eval, options=options)
     assert checkpoints(stopped.run)
     assert stopped.resume().code == 0

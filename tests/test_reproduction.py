@@ -139,10 +139,11 @@ def test_the_product_changes_nothing_but_rounding(tiny_model_folder: Path, tmp_p
             torch.testing.assert_close(mine.W_dec, theirs.W_dec, atol=1e-4, rtol=0)
 
 
-def test_a_model_in_half_precision(finished: Finished, overlay: Path, tmp_path: Path) -> None:
-    """The SAEs differ a little; they are measured in float32."""
-    assert reproduce(overlay, tmp_path / "run", "--model-dtype", "bfloat16").exit_code == 0
-    mine, theirs = load(tmp_path / "run" / SAES[1]), load(finished.out / SAES[1])
+def test_a_model_in_half_precision(overlay: Path, tmp_path: Path) -> None:
+    """The SAEs differ a little; they are measured in float32. Few steps: ghost gradients let any difference grow."""
+    for name, *more in (("run", "--model-dtype", "bfloat16"), ("single",)):
+        assert reproduce(overlay, tmp_path / name, "--tokens", "300", *more).exit_code == 0
+    mine, theirs = load(tmp_path / "run" / SAES[1]), load(tmp_path / "single" / SAES[1])
     assert mine.W_dec.dtype == torch.float32
     assert 0 < float((mine.b_dec - theirs.b_dec).norm() / theirs.b_dec.norm()) < 0.1
     assert {row["dtype"] for row in rows_of(tmp_path / "run" / "eval.csv")} == {"float32"}

@@ -37,7 +37,8 @@ def screen_of(words: list[str], columns: int, lines: int) -> list[str]:
     stream = pyte.ByteStream(screen)
     ours, theirs = pty.openpty()
     ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-    process = start(words, stderr=theirs, env={"TERM": "xterm-256color", "PYTHONUTF8": "1"})
+    environment = {"TERM": "xterm-256color", "PYTHONUTF8": "1", "COLUMNS": str(columns), "LINES": str(lines)}
+    process = start(words, stderr=theirs, env=environment)
     os.close(theirs)
     try:
         while written := os.read(ours, 65_536):
