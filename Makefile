@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
+PARALLEL := --numprocesses auto --maxprocesses 8
 
 .PHONY: demo test lint types coverage clean
 
@@ -9,7 +10,7 @@ demo: $(VENV)/installed
 	$(RUN)/saezoo eval tiny-res all --offline --csv demo.csv
 
 test: $(VENV)/installed
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/installed
 	$(RUN)/ruff check .
@@ -19,8 +20,7 @@ types: $(VENV)/installed
 	$(RUN)/mypy
 
 coverage: $(VENV)/installed
-	$(RUN)/coverage run -m pytest
-	$(RUN)/coverage report
+	$(RUN)/python -m pytest $(PARALLEL) --cov
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

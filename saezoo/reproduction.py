@@ -115,12 +115,7 @@ def reproduce(
             return []
         saes = [_finished(entry, trainee, out) for entry, trainee in zip(job.entries, trainees, strict=True)]
         facts = run | {"wall time": f"{time.monotonic() - begin:,.0f} s, before the evaluation"}
-        try:
-            results = _measure(saes, job, lm, *rows, on_eval, options)
-        except KeyboardInterrupt:
-            raise TrainingError(
-                "stopped in the evaluation after the training; the same command with --resume goes on there"
-            ) from None
+        results = _measure(saes, job, lm, *rows, on_eval, options)
         _describe(job, recipe_name, out, results, facts)
         checkpoint.remove(out)  # not before: an evaluation that was interrupted can be come back to
         return results
@@ -310,16 +305,21 @@ def _measure(
         Subject(sae, entry.collection, entry.name, entry.published)
         for sae, entry in zip(saes, job.entries, strict=True)
     ]
-    return run_evals(
-        subjects,
-        lm,
-        rows,
-        protocol=first.definitions.protocol,
-        text=source_name,
-        model=first.model_name,
-        seed=options.seed,
-        on_progress=None if on_eval is None else lambda done: on_eval(done, total),
-    )
+    try:
+        return run_evals(
+            subjects,
+            lm,
+            rows,
+            protocol=first.definitions.protocol,
+            text=source_name,
+            model=first.model_name,
+            seed=options.seed,
+            on_progress=None if on_eval is None else lambda done: on_eval(done, total),
+        )
+    except KeyboardInterrupt:
+        raise TrainingError(
+            "stopped in the evaluation after the training; the same command with --resume goes on there"
+        ) from None
 
 
 def _describe(job: Job, recipe_name: str, out: Path, results: list[Result], facts: dict[str, str]) -> None:
