@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from saezoo.codes import SPARSE_BLOCK, blocks
+from saezoo.codes import SPARSE_BLOCK, blocks, in_rows
 from saezoo.results import Measured, measured
 from saezoo.sae import SAE
 
@@ -17,7 +17,7 @@ def parameter_metrics(sae: SAE) -> dict[str, Measured]:
     """
     parts = []
     for features in blocks(sae.config.d_sae, SPARSE_BLOCK):
-        enc_CD, dec_CD = sae.W_enc[:, features].T.contiguous(), sae.W_dec[features]
+        enc_CD, dec_CD = in_rows(sae.W_enc.T[features]), sae.W_dec[features]
         parts.append(torch.stack([enc_CD.norm(dim=1), dec_CD.norm(dim=1), (enc_CD * dec_CD).sum(1)]))
     encoder_F, decoder_F, dot_F = torch.cat(parts, dim=1).double().cpu()
     cosine_F = (dot_F / (encoder_F * decoder_F))[(encoder_F > 0) & (decoder_F > 0)]
