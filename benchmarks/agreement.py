@@ -89,7 +89,8 @@ def setup(task: str) -> Setup:
     from transformers import GPT2LMHeadModel
 
     from saezoo.lm import LanguageModel
-    from saezoo.sae import SAE, SAEConfig
+    from saezoo.sae import SAE
+    from saezoo.sae_config import SAEConfig
     from saezoo.tokens import Rows
     from saezoo.workflows import Options, prepare
 

@@ -97,13 +97,15 @@ class _Tally:
         share_P = value_P / self.largest_F[feature_P]  # in (0, 1]
         firsts_n = torch.searchsorted(token_P, torch.arange(len(x_nD), device=token_P.device))
         decode = partial(F.embedding_bag, feature_P, self.sae.W_dec, firsts_n, mode="sum")
-        e_nD = x_nD - decode(per_sample_weights=value_P) - self.sae.b_dec
+        y_nD = self.sae.restore(decode(per_sample_weights=value_P) + self.sae.b_dec, x_nD)
+        e_nD = x_nD - y_nD
         self.error += _squares(e_nD)
         slot_P = group_n[token_P] * self.sae.config.d_sae + feature_P
         for k, levels in enumerate(LEVELS):
             symbol_P = (share_P * levels).round()
             rounded_P = symbol_P / levels * self.largest_F[feature_P]
-            self.errors[k] += _squares(e_nD - decode(per_sample_weights=rounded_P - value_P))
+            rounded_nD = self.sae.restore(decode(per_sample_weights=rounded_P) + self.sae.b_dec, x_nD)
+            self.errors[k] += _squares(x_nD - rounded_nD)
             heard = symbol_P > 0
             where = (slot_P * levels + symbol_P.long() - 1)[heard].cpu()
             self.counts[k].view(-1).index_add_(0, where, torch.ones(len(where), dtype=torch.int32))

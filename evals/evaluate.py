@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saezoo.codes import Code, Dense, sparse, sparse_nominated
+from saezoo.codes import Code, Dense, of_features, sparse, sparse_nominated
 from saezoo.entries import Protocol
 from saezoo.errors import SaezooError, TextError, UsageError
 from saezoo.evals.head import Clean, Constant, Head
@@ -35,6 +35,7 @@ _SAMPLE = 250_000  # activations for the geometric median, the post's number
 _SAMPLE_BYTES = 128 << 20  # of all SAEs together: twelve of GPT-2 small keep 3,640 each
 _SPARSE_BELOW = 0.1  # fraction of pairs above 0
 _PROBE = 16  # tokens that tell
+_ENCODED_AT_ONCE = 1 << 26  # features of tokens, 256 MB in float32
 _STOPPED = "stopped; {:,} tokens are done and saved, the same command with --resume goes on from there"
 
 
@@ -258,11 +259,16 @@ def _depth(subject: Subject, lm: LanguageModel) -> int:
 def reconstruct(sae: SAE, h_nD: Tensor) -> tuple[Tensor, Tensor, Code]:
     """(x, y, features) of residuals h [n, D]: x is what the SAE reads, centred if it wants that, y its reconstruction.
 
-    The same as `sae.decode(sae.encode(h))`, but all behind the encoder's product is taken from the features that fire.
+    The same as `sae.decode(sae.encode(h), h)`; for ReLU all behind the encoder's product is taken from the features
+    that fire, and the encoder's product itself by the quickest way.
     """
     x_nD = h_nD.to(sae.W_enc.dtype)
     if sae.config.centre:
         x_nD = x_nD - x_nD.mean(-1, keepdim=True)
+    if sae.config.activation != "relu" or sae.config.normalise != "none":
+        at_once = max(1, _ENCODED_AT_ONCE // sae.config.d_sae)
+        code: Code = of_features(x_nD, (sae.encode(part_nD) for part_nD in torch.split(x_nD, at_once)))
+        return x_nD, sae.restore(code.decode(sae.W_dec) + sae.b_dec, x_nD), code
     read_nD = x_nD - sae.b_dec if sae.config.apply_b_dec_to_input else x_nD
     code = encode(read_nD, sae.W_enc, sae.b_enc)
     return x_nD, code.decode(sae.W_dec) + sae.b_dec, code

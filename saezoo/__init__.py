@@ -25,7 +25,8 @@ from saezoo.registry import Registry, read_registry
 
 if TYPE_CHECKING:
     from saezoo.reproduction import reproduce
-    from saezoo.sae import SAE, SAEConfig
+    from saezoo.sae import SAE
+    from saezoo.sae_config import SAEConfig
     from saezoo.verification import verify
     from saezoo.workflows import Options, Session, evaluate, load_session
 
@@ -54,7 +55,7 @@ __all__ = [
 
 _NEED_TORCH = {
     "SAE": "saezoo.sae",
-    "SAEConfig": "saezoo.sae",
+    "SAEConfig": "saezoo.sae_config",
     "Options": "saezoo.workflows",
     "Session": "saezoo.workflows",
     "evaluate": "saezoo.workflows",

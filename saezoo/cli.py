@@ -12,7 +12,7 @@ import os
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -128,6 +128,20 @@ def get(
         for name, check in fetched.checks.items():
             click.echo(f"{collection} {entry.name}  {name}  {check}", err=True)
         click.echo(fetched.weights)
+
+
+@main.command("convert")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(["saelens", "dictionary_learning", "sparsify"]), help="Format.")
+def convert_command(source: Path, target: Path, to: Literal["saelens", "dictionary_learning", "sparsify"]) -> None:
+    """Write the SAE at SOURCE, in any format, into the new folder TARGET.
+
+    No bit of a weight changes, and converting back gives the same files' contents again.
+    """
+    from saezoo import conversion
+
+    click.echo(conversion.convert(source, target, to))
 
 
 for _command in (eval_command, verify_command, compare_command):

@@ -13,7 +13,7 @@ Shapes: B batch, D d_in, F d_sae, C features of one block, N pairs. Weights are 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -139,6 +139,18 @@ class Sparse:
             _segment_sums(grad_N, self._ends_F1),
             weighted_sums(grad_BD, self._token_N, self._value_N, self._ends_F1),
         )
+
+
+def of_features(x_BD: Tensor, parts: Iterable[Tensor]) -> Sparse:
+    """The pairs above 0 of features [B, F] that were computed from x in some other way, given as parts of the batch."""
+    found, first, n_features = [], 0, 0
+    for f_BF in parts:
+        token_N, feature_N = f_BF.nonzero(as_tuple=True)
+        found.append((feature_N, token_N + first, f_BF[token_N, feature_N]))
+        first, n_features = first + len(f_BF), f_BF.shape[1]
+    feature_N, token_N, value_N = (torch.cat(part) for part in zip(*found, strict=True))
+    order_N = torch.sort(feature_N, stable=True).indices
+    return Sparse(x_BD, feature_N[order_N], token_N[order_N], value_N[order_N], n_features)
 
 
 def sparse(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, block: int = SPARSE_BLOCK) -> Sparse:

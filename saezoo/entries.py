@@ -28,8 +28,8 @@ class FileFacts:
 class Layout:
     """One published form of an SAE. In `registry.yaml` the file names may hold `{hook}`."""
 
-    format: Literal["saelens", "legacy"]
-    """`saelens`: a folder of cfg.json + safetensors. `legacy`: the pickle of February 2024."""
+    format: Literal["saelens", "legacy", "dictionary_learning", "sparsify", "openai", "gemma_scope"]
+    """`saelens`: a folder of cfg.json + safetensors. `legacy`: the pickle of February 2024. docs/formats.md."""
     weights: str
     config: str | None
     sparsity: str | None
@@ -45,8 +45,10 @@ class Layout:
     def __post_init__(self) -> None:
         if (self.repo is None) == (self.folder is None):
             raise ValueError("give either `repo` (on the hub) or `folder` (local files)")
-        if (self.format == "saelens") == (self.config is None):
-            raise ValueError("`config` names cfg.json for the format saelens, and is null for legacy")
+        described = self.format in ("saelens", "dictionary_learning", "sparsify")
+        if described == (self.config is None):
+            which = "names its description (cfg.json)" if described else "is null"
+            raise ValueError(f"`config` {which} for the format {self.format}")
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ def load(
     """Load one SAE: `load("gpt2-small-res", 10)`, or `load("path/to/folder")` for local files.
 
     Args:
-        name: a collection of the registry; or, without `layer`, a folder in the published layout (cfg.json +
-            sae_weights.safetensors) or an original `.pt`.
+        name: a collection of the registry; or, without `layer`, a folder or file in any of the formats of
+            docs/formats.md, told by what it holds.
         layer: the entry's name within the collection, such as 10 or "11-post".
         layout: which published form of a registry entry to read; the first by default.
         device: where the weights go.
@@ -44,14 +44,15 @@ def load(
         DownloadError: files missing and unreachable, or not the promised ones.
         WeightsError: files corrupt, of the wrong shapes, or of an unsupported kind.
     """
-    from saezoo.sae import from_weights, read_folder
+    from saezoo import formats
+    from saezoo.sae import from_weights
 
     torch_dtype = named_dtype(dtype)
     if layer is None:
         path = Path(name)
         if not path.exists():
             raise UsageError(f"no folder `{name}`; for a registry entry give a layer as well: load({str(name)!r}, 10)")
-        return from_weights(read_folder(path), str(path), device=device, dtype=torch_dtype)
+        return from_weights(formats.read(path), str(path), device=device, dtype=torch_dtype)
     entries = read_registry(registry).find(str(name), layer)
     if len(entries) != 1:
         raise UsageError(f"`{layer}` names {len(entries)} SAEs of `{name}`; load takes one at a time")
@@ -62,15 +63,13 @@ def load_entry(
     entry: Entry, *, layout: str | None = None, device: str = "cpu", dtype: torch.dtype, offline: bool = False
 ) -> SAE:
     """Load the SAE of a registry entry; what the registry says about its input wins over its cfg.json."""
-    from saezoo.sae import SAE, config_from
-    from saezoo.weights import read_legacy, read_saelens
+    from saezoo import formats
+    from saezoo.sae import SAE
+    from saezoo.sae_config import config_from
 
     fetched = hub.fetch(entry, layout, offline=offline)
-    if hub.layout_of(entry, layout).format == "legacy":
-        weights = read_legacy(fetched.weights, fetched.sparsity)
-    else:
-        assert fetched.config is not None  # Layout sees to that
-        weights = read_saelens(fetched.weights, fetched.config, fetched.sparsity)
+    name = hub.layout_of(entry, layout).format
+    weights = formats.read_as(name, fetched.weights, fetched.config, fetched.sparsity)
     found = tuple(weights.tensors["W_enc"].shape)
     where = str(fetched.weights)
     if found != (entry.d_in, entry.d_sae):

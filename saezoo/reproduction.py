@@ -26,14 +26,14 @@ from saezoo.ranks import Ranks, Share, join, leave, may_be_restarted, started_to
 from saezoo.registry import read_registry
 from saezoo.report import write_report
 from saezoo.results import Result
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import PARAMETERS, SAEConfig
 from saezoo.sinks import Sinks, check_installed, open_sinks
 from saezoo.tokens import TextSource
 from saezoo.trainers.log import Row
 from saezoo.trainers.plan import Plan, best_product, flops_per_token, make_plan, matrix_peak
 from saezoo.trainers.train import Hooks, Job, Progress, train
 from saezoo.trainers.trainee import Product, Trainee
-from saezoo.weights import NAMES
 from saezoo.workflows import EVAL_TOKENS, Options, check_device, fetch_model, packed, text_source
 
 
@@ -268,7 +268,7 @@ def _finished(entry: Entry, trainee: Trainee, out: Path) -> SAE:
         centre=entry.centre,
         apply_b_dec_to_input=True,
     )
-    tensors = {key: tensor.contiguous() for key, tensor in zip(NAMES, trainee.parameters, strict=True)}
+    tensors = {key: tensor.contiguous() for key, tensor in zip(PARAMETERS["relu"], trainee.parameters, strict=True)}
     sae = SAE(config, tensors, trainee.log_sparsity_F)
     sae.save(out / entry.hook)
     return sae

@@ -1,6 +1,6 @@
 """Reading and checking files of SAE weights: the SAELens folder and the pickle of February 2024.
 
-Both give the same four tensors: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D]. No pickle is ever executed.
+Both give the tensors of `sae_config.PARAMETERS`. No pickle is ever executed. `foreign.py` has other projects' files.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saezoo.errors import WeightsError
+from saezoo.sae_config import PARAMETERS, activation_of, origin_of
 
-NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 _LEGACY_CLASS = "sae_training.config.LanguageModelSAERunnerConfig"
 
 
@@ -28,24 +28,26 @@ class Weights:
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
+    """In the words of SAELens' cfg.json, whatever the files say it in."""
     log_sparsity: Tensor | None
     """log10(firing frequency + 1e-10) of each feature in training, [F]."""
+    format: str = "saelens"
+    origin: dict[str, Any] | None = None
+    """{"format": its name, "config": its own words, "state": other tensors, as lists} of another project's files:
+    these, or those that they were converted from."""
 
 
 def read_saelens(weights: Path, config: Path, sparsity: Path | None) -> Weights:
     """Read `sae_weights.safetensors` (memory-mapped), `cfg.json` and, if given, `sparsity.safetensors`."""
-    try:
-        cfg = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{config} cannot be read as JSON: {error}") from None
-    if not isinstance(cfg, dict):
-        raise WeightsError(f"{config} must hold a JSON object, not {type(cfg).__name__}")
-    tensors = _read_safetensors(weights)
+    cfg = read_json(config)
+    tensors = read_safetensors(weights)
     factor = tensors.pop("scaling_factor", None)
     if factor is not None and not bool((factor == 1).all()):
         raise WeightsError(f"{weights} has a `scaling_factor` other than 1, which is not supported")
-    log_sparsity = None if sparsity is None else _only(sparsity, _read_safetensors(sparsity), "sparsity")
-    return Weights(_checked(weights, tensors, log_sparsity), cfg, log_sparsity)
+    log_sparsity = None if sparsity is None else read_sparsity(sparsity)
+    if activation_of(cfg, str(config))[0] == "batchtopk" and "threshold" in tensors:
+        tensors["threshold"] = _one_value(weights, tensors["threshold"])
+    return Weights(checked(weights, tensors, cfg, log_sparsity), cfg, log_sparsity, origin=origin_of(cfg))
 
 
 def read_legacy(weights: Path, sparsity: Path | None) -> Weights:
@@ -53,7 +55,7 @@ def read_legacy(weights: Path, sparsity: Path | None) -> Weights:
 
     The config's class is mapped to an inert stand-in; any other class or function in the file is refused unexecuted.
     """
-    saved = _torch_load(weights)
+    saved = torch_load(weights)
     try:
         cfg = {key: _plain(value) for key, value in vars(saved["cfg"]).items()}
         tensors = {name: tensor.float() for name, tensor in saved["state_dict"].items()}
@@ -61,21 +63,22 @@ def read_legacy(weights: Path, sparsity: Path | None) -> Weights:
         raise WeightsError(f"{weights} is not a 2024 SAE file: it needs `cfg` and `state_dict`") from None
     log_sparsity = None
     if sparsity is not None:
-        log_sparsity = _torch_load(sparsity)
+        log_sparsity = torch_load(sparsity)
         if not isinstance(log_sparsity, Tensor):
             raise WeightsError(f"{sparsity} must hold one tensor, not {type(log_sparsity).__name__}")
-    return Weights(_checked(weights, tensors, log_sparsity), cfg, log_sparsity)
+    return Weights(checked(weights, tensors, cfg, log_sparsity), cfg, log_sparsity, "legacy")
 
 
 class _InertConfig:
     """Stands in for the 2024 config class: unpickling sets attributes on it and runs none of its code."""
 
 
-def _torch_load(path: Path) -> Any:
+def torch_load(path: Path) -> Any:
+    """What a `.pt` holds, if that can be read without running any of its code; WeightsError if not."""
     _refuse_unsafe_globals(path)
     try:
         with torch.serialization.safe_globals([(_InertConfig, _LEGACY_CLASS)]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise WeightsError(f"{path} is corrupt or not a PyTorch file: {reason}; get it again") from None
@@ -96,7 +99,19 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, (torch.dtype, torch.device)) else value
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; WeightsError if it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of the file, memory-mapped."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -106,21 +121,34 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} is corrupt or truncated: {error}; get it again") from None
 
 
-def _only(path: Path, tensors: dict[str, Tensor], name: str) -> Tensor:
-    if set(tensors) != {name}:
-        raise WeightsError(f"{path} must hold one tensor `{name}`, not {sorted(tensors)}")
-    return tensors[name]
+def read_sparsity(path: Path) -> Tensor:
+    """The one tensor of a `sparsity.safetensors`."""
+    tensors = read_safetensors(path)
+    if set(tensors) != {"sparsity"}:
+        raise WeightsError(f"{path} must hold one tensor `sparsity`, not {sorted(tensors)}")
+    return tensors["sparsity"]
 
 
-def _checked(path: Path, tensors: dict[str, Tensor], log_sparsity: Tensor | None) -> dict[str, Tensor]:
-    """`tensors`, if they are the four of an SAE, of fitting shapes and finite."""
-    if set(tensors) != set(NAMES):
-        raise WeightsError(f"{path} must hold the tensors {', '.join(NAMES)}; it holds {', '.join(sorted(tensors))}")
-    d_in, d_sae = tensors["b_dec"].numel(), tensors["b_enc"].numel()
-    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+def _one_value(path: Path, threshold_F: Tensor) -> Tensor:
+    if threshold_F.numel() == 0 or bool((threshold_F != threshold_F.flatten()[0]).any()):
+        raise WeightsError(f"{path}: a BatchTopK SAE has one threshold, this `threshold` has several values")
+    return threshold_F.flatten()[0]
+
+
+def checked(
+    path: Path, tensors: dict[str, Tensor], cfg: dict[str, Any], log_sparsity: Tensor | None = None
+) -> dict[str, Tensor]:
+    """`tensors`, if they are those of the SAE that `cfg` describes, of fitting shapes and finite; else WeightsError."""
+    activation, _ = activation_of(cfg, str(path))
+    names = PARAMETERS[activation]
+    if set(tensors) != set(names):
+        held = ", ".join(sorted(tensors))
+        raise WeightsError(f"{path} must hold the tensors {', '.join(names)} ({activation}); it holds {held}")
+    d_in, d_sae = tensors["b_dec"].numel(), tensors[names[1]].numel()
+    expected = dict.fromkeys(names, (d_sae,)) | {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     for name, shape in expected.items():
         found = tuple(tensors[name].shape)
-        if found != shape:
+        if found != shape and not (name == "threshold" and activation == "batchtopk" and found == ()):
             hint = " (transposed?)" if found == shape[::-1] else ""
             raise WeightsError(f"{path}: {name} has shape {list(found)}, expected {list(shape)}{hint}")
         if not tensors[name].is_floating_point():

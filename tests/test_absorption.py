@@ -25,7 +25,8 @@ from saezoo.evals.absorption import (
 from saezoo.lm import LanguageModel, load_language_model
 from saezoo.registry import package_folder
 from saezoo.results import Measured
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import SAEConfig
 
 WORDS = 30  # of each letter
 MARKED = 12  # of these the first ones of letter a carry a direction of their own

@@ -23,7 +23,8 @@ from saezoo.evals.matching import FEWEST_FIRES
 from saezoo.evals.metrics import METRICS, PER_TOKEN
 from saezoo.lm import LanguageModel, load_language_model
 from saezoo.results import Blocks
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import SAEConfig
 from saezoo.tokens import Rows, builtin, collect, encode, pack
 
 D, F = 16, 40

@@ -15,7 +15,8 @@ from torch import Tensor
 from saezoo.evals.description_length import LEVELS, NAMES, TOLERANCE, Batches, _jackknife, description_length, entropy
 from saezoo.evals.intervals import GROUPS
 from saezoo.results import Measured
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import SAEConfig
 
 
 def reader(n: int, *, scale: float = 1.0, order: list[int] | None = None, centre: bool = False) -> SAE:

@@ -29,7 +29,8 @@ from saezoo.evals import Subject, evaluate
 from saezoo.evals.metrics import METRICS
 from saezoo.lm import LanguageModel
 from saezoo.results import Result
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import SAEConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 TUTORIAL = DOCS / "tutorial.md"

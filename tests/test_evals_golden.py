@@ -21,7 +21,8 @@ from saezoo.evals import Subject, evaluate
 from saezoo.evals.head import Head
 from saezoo.lm import LanguageModel
 from saezoo.results import Result
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import SAEConfig
 from saezoo.tokens import Rows
 
 GOLDEN = Path(__file__).parent / "golden"

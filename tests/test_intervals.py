@@ -19,7 +19,8 @@ from saezoo.evals.intervals import FEWEST, GROUPS, alive_again, bootstrap, group
 from saezoo.evals.metrics import BROKEN_DOWN, METRICS, PER_TOKEN
 from saezoo.lm import load_language_model
 from saezoo.results import Measured
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import SAEConfig
 from saezoo.tokens import Rows
 
 

@@ -21,7 +21,8 @@ from saezoo.evals.metrics import METRICS
 from saezoo.geometric_median import geometric_median
 from saezoo.lm import LanguageModel, load_language_model
 from saezoo.results import Result
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import SAEConfig
 from saezoo.tokens import Rows
 
 D, F = 16, 32

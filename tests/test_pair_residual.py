@@ -21,7 +21,8 @@ from saezoo.evals import Subject, evaluate
 from saezoo.evals.evaluate import reconstruct
 from saezoo.lm import LanguageModel
 from saezoo.results import Result
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import SAEConfig
 from saezoo.tokens import Rows
 
 DATA = Path(__file__).parent / "data" / "pair-residual-verification"

@@ -13,7 +13,8 @@ from torch import Tensor
 from saezoo.evals.intervals import FEWEST
 from saezoo.evals.probing import COLUMNS, FEWEST_PER_CLASS, KS, PER_CLASS, TASKS, Sample, choose, labels, probe
 from saezoo.results import Measured
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import SAEConfig
 from saezoo.tokens import Rows
 
 BOS = "<|endoftext|>"

@@ -19,7 +19,7 @@ from torch import Tensor
 from saezoo import SAE, UsageError, WeightsError, load
 from saezoo.lm import LanguageModel
 from saezoo.loading import named_dtype
-from saezoo.sae import SAEConfig
+from saezoo.sae_config import SAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 BOS = 511
@@ -256,14 +256,12 @@ def test_todays_saelens_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("architecture", "gated"),
-        ("architecture", "jumprelu"),
-        ("architecture", "topk"),
         ("architecture", "transcoder"),
-        ("activation_fn", "topk"),
+        ("architecture", ["standard"]),
+        ("activation_fn", "gelu"),
         ("activation_fn_str", "tanh-relu"),
         ("activation_fn_str", ["relu"]),
-        ("normalize_activations", "layer_norm"),
+        ("rescale_acts_by_decoder_norm", True),
         ("normalize_activations", "expected_average_only_in"),
         ("reshape_activations", "hook_z"),
         ("finetuning_scaling_factor", True),
@@ -275,7 +273,7 @@ def test_other_kinds_are_refused(tmp_path: Path, key: str, value: object) -> Non
     folder = altered(tmp_path / "sae", **{key: value})
     with pytest.raises(WeightsError) as caught:
         load(folder)
-    assert str(caught.value) == f"{folder}: `{key}: {value}` is not supported; only plain ReLU SAEs are"
+    assert f": `{key}: {value}` is not supported" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from saezoo.hooked import hooked_model
 from saezoo.lm import LanguageModel
 from saezoo.loading import load
 from saezoo.results import Result
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import SAEConfig
 from saezoo.tokens import Rows
 
 if importlib.util.find_spec("sae_lens") is None:

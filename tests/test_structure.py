@@ -14,7 +14,8 @@ from torch import Tensor
 from saezoo.evals import structure as module
 from saezoo.evals.structure import meta_explained, neighbours, structure
 from saezoo.results import Measured
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import SAEConfig
 
 
 def sae_of(decoder_FD: Tensor) -> SAE:

@@ -15,7 +15,8 @@ from saezoo.evals.suite import STAGES, _Reader, full_suite
 from saezoo.lm import LanguageModel, load_language_model
 from saezoo.registry import package_folder
 from saezoo.results import Measured
-from saezoo.sae import SAE, SAEConfig
+from saezoo.sae import SAE
+from saezoo.sae_config import SAEConfig
 from saezoo.tokens import Rows, encode, pack
 
 T = 32

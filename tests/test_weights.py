@@ -17,8 +17,10 @@ from torch import Tensor
 
 from saezoo import load
 from saezoo.errors import WeightsError
-from saezoo.weights import NAMES, Weights, read_legacy, read_saelens
+from saezoo.sae_config import PARAMETERS
+from saezoo.weights import Weights, read_legacy, read_saelens
 
+NAMES = PARAMETERS["relu"]
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -198,7 +200,7 @@ def test_other_precisions_are_kept(folder: Path, dtype: torch.dtype) -> None:
 
 def test_missing_and_extra_tensors(folder: Path) -> None:
     change(folder, lambda tensors: tensors.pop("b_dec"))
-    expected = "must hold the tensors W_enc, b_enc, W_dec, b_dec; it holds W_dec, W_enc, b_enc"
+    expected = "must hold the tensors W_enc, b_enc, W_dec, b_dec (relu); it holds W_dec, W_enc, b_enc"
     assert refusal(lambda: read_folder(folder)).endswith(expected)
     change(folder, lambda tensors: tensors.update(b_dec=torch.zeros(64), threshold=torch.zeros(256)))
     assert refusal(lambda: read_folder(folder)).endswith("it holds W_dec, W_enc, b_dec, b_enc, threshold")
@@ -245,4 +247,4 @@ def test_config_that_is_missing(folder: Path) -> None:
     (folder / "cfg.json").unlink()
     assert refusal(lambda: load(folder)) == f"{folder} is not an SAE folder: it lacks cfg.json"
     (folder / "sae_weights.safetensors").unlink()
-    assert refusal(lambda: load(folder)).endswith("it lacks cfg.json and sae_weights.safetensors")
+    assert refusal(lambda: load(folder)).startswith(f"{folder} is not an SAE folder: it holds none of ")
