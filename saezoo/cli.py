@@ -80,13 +80,21 @@ def list_command(registry: Path | None, as_json: bool) -> None:
     from rich.table import Table
 
     table = Table()
-    for column in ("collection", "layers", "model", "d_in", "d_sae", "recipe", "from"):
-        table.add_column(column, overflow="fold")
+    overlaid = any(entries[0].origin != "built-in" for entries in collections.values())
+    for column in ("collection", "SAEs", "model", "d_in x d_sae", "recipe", *(["from"] if overlaid else [])):
+        table.add_column(column, overflow="fold", no_wrap=column == "collection")
     for name, entries in collections.items():
-        first = entries[0]
+        first, widths = entries[0], sorted({entry.d_sae for entry in entries})
+        d_sae = f"{widths[0]:,}" if len(widths) == 1 else f"{widths[0]:,}-{widths[-1]:,}"
         layers = terminal.ranges([entry.name for entry in entries])
-        row = (name, layers, first.model_name, str(first.d_in), str(first.d_sae), first.recipe_name or "", first.origin)
-        table.add_row(*row)
+        table.add_row(
+            name,
+            layers,
+            first.model_name,
+            f"{first.d_in} x {d_sae}",
+            first.recipe_name or "",
+            *([first.origin] if overlaid else []),
+        )
     terminal.print_table(table)
 
 

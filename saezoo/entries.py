@@ -28,7 +28,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class Layout:
-    """One published form of an SAE. In `registry.yaml` the file names may hold `{hook}`."""
+    """One published form of an SAE. In `registry.yaml` the file names may hold `{hook}`, `{layer}` and `{d_sae}`."""
 
     format: Literal["saelens", "legacy", "dictionary_learning", "sparsify", "openai", "gemma_scope"]
     """`saelens`: a folder of cfg.json + safetensors. `legacy`: the pickle of February 2024. docs/formats.md."""

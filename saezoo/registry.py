@@ -35,10 +35,13 @@ class _Sae:
     name: str | None = None
     hook: str | None = None
     in_all: bool = True
+    d_sae: int | None = None
 
     def __post_init__(self) -> None:
         if self.layer < 0:
             raise ValueError(f"`layer` must be 0 or more, not {self.layer}")
+        if self.d_sae is not None and self.d_sae < 1:
+            raise ValueError(f"`d_sae` must be above 0, not {self.d_sae}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class _Collection:
     recipe: str | None
     hook: str
     d_in: int
-    d_sae: int
+    d_sae: int | None
     context_size: int | None
     prepend_bos: bool
     centre: bool
@@ -69,8 +72,6 @@ class _Collection:
         for name in ("saes", "layouts"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` must list at least one")
-        if not self.prepend_bos:
-            raise ValueError("`prepend_bos: false` is not supported: every row of tokens begins with BOS")
         if any(layout.facts for layout in self.layouts.values()):
             raise ValueError("`layouts` hold no `facts`; sizes and hashes stand with each SAE, under `files`")
 
@@ -256,6 +257,10 @@ class _Resolver:
                     raise self._fail(sae, f"unknown key `{role}` in `files.{layout}`; known: weights, config, sparsity")
             if layout not in spec.layouts:
                 raise self._fail(sae, f"`files.{layout}` is not one of the layouts: {', '.join(spec.layouts)}")
+        d_sae = sae.d_sae or spec.d_sae
+        if d_sae is None:
+            raise self._fail(sae, "`d_sae` is missing; give it here, or for the whole collection")
+        words = {"{hook}": hook, "{layer}": str(sae.layer), "{d_sae}": str(d_sae)}
         return Entry(
             collection=self.name,
             name=sae.name or str(sae.layer),
@@ -266,13 +271,13 @@ class _Resolver:
             model_name=spec.model,
             model=self._named("model", spec.model, self.known.models),
             d_in=spec.d_in,
-            d_sae=spec.d_sae,
+            d_sae=d_sae,
             context_size=spec.context_size,
             prepend_bos=spec.prepend_bos,
             centre=spec.centre,
             dtype=spec.dtype,
             licence=spec.licence,
-            layouts={key: _filled(layout, hook, sae.files.get(key, {})) for key, layout in spec.layouts.items()},
+            layouts={key: _filled(layout, words, sae.files.get(key, {})) for key, layout in spec.layouts.items()},
             neuronpedia=sae.neuronpedia,
             definitions=spec.published,
             published=dict(sae.published),
@@ -293,17 +298,16 @@ class _Resolver:
         return self.file.error(sae.line, f"collections.{self.name} layer {sae.name or sae.layer}: {message}")
 
 
-def _filled(layout: Layout, hook: str, facts: dict[str, FileFacts]) -> Layout:
-    def name(template: str | None) -> str | None:
-        return None if template is None else template.replace("{hook}", hook)
+def _filled(layout: Layout, words: Mapping[str, str], facts: dict[str, FileFacts]) -> Layout:
+    """With the entry's own words in the names of the files."""
 
-    return dataclasses.replace(
-        layout,
-        weights=layout.weights.replace("{hook}", hook),
-        config=name(layout.config),
-        sparsity=name(layout.sparsity),
-        facts=facts,
-    )
+    def name(template: str) -> str:
+        for placeholder, word in words.items():
+            template = template.replace(placeholder, word)
+        return template
+
+    config, sparsity = (None if template is None else name(template) for template in (layout.config, layout.sparsity))
+    return dataclasses.replace(layout, weights=name(layout.weights), config=config, sparsity=sparsity, facts=facts)
 
 
 def _cited(record: Mapping[str, Any]) -> set[str]:

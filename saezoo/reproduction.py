@@ -175,6 +175,8 @@ def _check_fit(entries: Sequence[Entry], lm: LanguageModel) -> None:
     for entry in entries:
         depth_of(entry.hook, lm.n_layers)
         name = f"{entry.collection} {entry.name}"
+        if not entry.prepend_bos:
+            raise UsageError(f"{name} was trained on rows without BOS; saezoo's rows always begin with it")
         if entry.d_in != lm.d_model:
             raise UsageError(f"{name} reads width {entry.d_in}, the model has {lm.d_model}")
         if entry.known_context > lm.n_positions:

@@ -104,14 +104,15 @@ def _stdout() -> Any:
 
 
 def ranges(names: list[str]) -> str:
-    """0, 1, 2, 11-post -> 0-2, 11-post."""
+    """0, 1, 2, 11-post -> 0-2, 11-post; of more than three such pieces the first and the last."""
     runs: list[list[str]] = []
     for name in names:
         if runs and name.isdigit() and runs[-1][-1].isdigit() and int(name) == int(runs[-1][-1]) + 1:
             runs[-1].append(name)
         else:
             runs.append([name])
-    return ", ".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    pieces = [run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return ", ".join(pieces) if len(pieces) < 4 else f"{pieces[0]} … {pieces[-1]}"
 
 
 def info_table(entry: Entry, sources: Mapping[str, str]) -> Any:

@@ -135,7 +135,7 @@ def test_version() -> None:
 def test_list() -> None:
     result = saezoo("list")
     assert (result.exit_code, result.stderr) == (0, "")
-    row = ["gpt2-small-res", "0-11, 11-post", "gpt2-small", "768", "24576", "feb2024", "built-in"]
+    row = ["gpt2-small-res", "0-11, 11-post", "gpt2-small", "768 x 24,576", "feb2024"]
     assert any([cell.strip() for cell in line.split("│")[1:-1]] == row for line in result.stdout.splitlines())
     assert max(len(line) for line in result.stdout.splitlines()) <= 100
 

@@ -288,6 +288,38 @@ def test_a_topk_of_saelens_before_version_6(tmp_path: Path) -> None:
     assert refusal(folder).endswith("its configuration says `k: None`; it must be a whole number above 0")
 
 
+def test_the_configuration_that_openais_reformatted_saes_were_published_with(tmp_path: Path) -> None:
+    """The keys of gpt2-small-attn-out-v5-128k, layer 0, with the sizes of a small case."""
+    folder = copied("saelens_topk_normalised", tmp_path)
+    published = {
+        "architecture": "standard",
+        "d_in": 12,
+        "d_sae": 40,
+        "dtype": "torch.float32",
+        "device": "cuda",
+        "model_name": "gpt2-small",
+        "hook_name": "blocks.0.hook_attn_out",
+        "hook_layer": 0,
+        "hook_head_index": None,
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": 5},
+        "apply_b_dec_to_input": True,
+        "finetuning_scaling_factor": False,
+        "sae_lens_training_version": None,
+        "prepend_bos": False,
+        "dataset_path": "Skylion007/openwebtext",
+        "dataset_trust_remote_code": True,
+        "context_size": 64,
+        "normalize_activations": "layer_norm",
+    }
+    (folder / "cfg.json").write_text(json.dumps(published))
+    sae = load(folder)
+    assert max(differences(sae, load_file(folder / "expected.safetensors"))) < 5e-7
+    assert (sae.config.activation, sae.config.k, sae.config.normalise) == ("topk", 5, "layer_norm")
+    assert (sae.config.hook, sae.config.context_size, sae.config.centre) == ("blocks.0.hook_attn_out", 64, False)
+    assert not sae.config.prepend_bos
+
+
 def test_a_saved_batchtopk_whose_thresholds_differ(tmp_path: Path) -> None:
     folder = load(place("dictionary_learning_BatchTopKSAE")).save(tmp_path / "sae")
     tensors = load_file(folder / "sae_weights.safetensors")
