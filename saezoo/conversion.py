@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saezoo import files, formats
 from saezoo.errors import UsageError, WeightsError
 from saezoo.foreign import DICTIONARIES, SPARSIFY
-from saezoo.sae import write
+from saezoo.sae import save_tensors, write
 from saezoo.sae_config import SAEConfig, config_from, origin_of, to_saelens
 from saezoo.weights import Weights
 
@@ -52,7 +51,7 @@ def convert(source: Path, target: Path, to: Target) -> Path:
         else:
             _write_dictionary(folder, weights, config)
         if to != "saelens" and weights.log_sparsity is not None:
-            save_file({"sparsity": weights.log_sparsity.float().contiguous()}, folder / "sparsity.safetensors")
+            save_tensors(folder / "sparsity.safetensors", {"sparsity": weights.log_sparsity.float()})
     return target
 
 
@@ -77,7 +76,7 @@ def _write_sparsify(folder: Path, weights: Weights, config: SAEConfig) -> None:
         "d_in": config.d_in,
         "saezoo": _told(weights, config),
     }
-    save_file(_renamed(weights.tensors, SPARSIFY), folder / "sae.safetensors")
+    save_tensors(folder / "sae.safetensors", _renamed(weights.tensors, SPARSIFY))
     _write_json(folder / "cfg.json", made if known is None else known["config"])
 
 

@@ -64,7 +64,7 @@ def load_entry(
 ) -> SAE:
     """Load the SAE of a registry entry; what the registry says about its input wins over its cfg.json."""
     from saezoo import formats
-    from saezoo.sae import SAE
+    from saezoo.sae import SAE, placed
     from saezoo.sae_config import config_from
 
     fetched = hub.fetch(entry, layout, offline=offline)
@@ -85,7 +85,7 @@ def load_entry(
         prepend_bos=entry.prepend_bos,
         centre=entry.centre,
     )
-    return SAE(config, {k: tensor.to(device, dtype) for k, tensor in weights.tensors.items()}, weights.log_sparsity)
+    return SAE(config, placed(weights.tensors, device, dtype), weights.log_sparsity)
 
 
 def named_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -136,8 +136,13 @@ def from_weights(weights: Weights, where: str, *, device: str, dtype: torch.dtyp
     """An SAE from what its files say; WeightsError if they describe a kind that this class is not."""
     d_in, d_sae = weights.tensors["W_enc"].shape
     config = config_from(weights.config, where, d_in, d_sae)
-    tensors = {name: tensor.to(device, dtype) for name, tensor in weights.tensors.items()}
-    return SAE(config, tensors, weights.log_sparsity)
+    return SAE(config, placed(weights.tensors, device, dtype), weights.log_sparsity)
+
+
+def placed(tensors: dict[str, Tensor], device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors there and so, each in one piece (files of other projects give transposed views); what is so already
+    stays memory-mapped."""
+    return {name: tensor.to(device, dtype).contiguous() for name, tensor in tensors.items()}
 
 
 def write(
@@ -150,10 +155,10 @@ def write(
     """The files of an SAE in the published layout; `origin` as in `to_saelens`."""
     if config.activation == "batchtopk":  # for SAELens a JumpReLU, whose features have thresholds of their own
         tensors = tensors | {"threshold": tensors["threshold"].expand(config.d_sae)}
-    _save_tensors(folder / "sae_weights.safetensors", tensors)
+    save_tensors(folder / "sae_weights.safetensors", tensors)
     sparsity = folder / "sparsity.safetensors"
     if log_sparsity is not None:
-        _save_tensors(sparsity, {"sparsity": log_sparsity.cpu().float()})
+        save_tensors(sparsity, {"sparsity": log_sparsity.cpu().float()})
     elif sparsity.is_file():
         sparsity.unlink()  # of the SAE that was here before
     cfg = to_saelens(config, str(tensors["W_dec"].dtype), origin)
@@ -162,7 +167,8 @@ def write(
     return folder
 
 
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, complete or not at all; SaezooError if the disk is full."""
     with files.replacing(path) as temporary:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
