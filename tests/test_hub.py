@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -70,6 +71,7 @@ def saezoo(endpoint: str, folder: Path, *arguments: str) -> subprocess.Completed
     """`saezoo --registry mine.yaml …` in a process of its own, with an empty home of the hub client."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "SAEZOO_"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment |= {"SAEZOO_LOCK": str(folder / "saezoo.lock")}
     command = [sys.executable, "-m", "saezoo", "--registry", str(folder / "mine.yaml"), *arguments]
     return subprocess.run(
         command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
@@ -115,11 +117,11 @@ def test_published_shapes_load_from_the_cache(cache: Path, tmp_path: Path) -> No
 
 def test_each_file_says_how_it_was_checked(cache: Path, overlay: Path) -> None:
     entry = read_registry(overlay).find("small", 1)[0]
-    assert hub.fetch(entry, offline=True).checks == {
-        WEIGHTS: "hub sha256",
-        f"{HOOK}/cfg.json": "hub git sha1",
-        f"{HOOK}/sparsity.safetensors": "hub sha256",
-    }
+    names = {WEIGHTS: "sha256", f"{HOOK}/cfg.json": "git sha1", f"{HOOK}/sparsity.safetensors": "sha256"}
+    first = hub.fetch(entry, offline=True).checks
+    assert first == {name: f"hub {kind}, now in saezoo.lock" for name, kind in names.items()}
+    again = hub.fetch(entry, offline=True).checks
+    assert again == {name: f"saezoo.lock {kind}" for name, kind in names.items()}
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, f"{HOOK}/cfg.json"])
@@ -259,17 +261,31 @@ def test_faults_of_the_hub(server: HubServer, overlay: Path, tmp_path: Path, fau
     start = time.monotonic()
     assert error_of(saezoo(server.url, tmp_path, "get", "small", "1")).startswith(message)
     assert time.monotonic() - start < 20  # a busy machine; the client's own retries would take 23 s more
-    assert leftovers(tmp_path) == []
+    kept = {name for name in leftovers(tmp_path) if name.endswith("sae_weights.safetensors")}
+    assert kept == set()
     server.faults.clear()
     assert saezoo(server.url, tmp_path, "get", "small", "1").returncode == 0
 
 
-def test_a_byte_flipped_on_the_way_is_found(server: HubServer, overlay: Path, tmp_path: Path) -> None:
-    """The client itself does not notice. The remedy in the message works."""
+def test_a_byte_flipped_on_the_way_is_mended(server: HubServer, overlay: Path, tmp_path: Path) -> None:
+    """The client itself would not notice."""
     server.faults.append(Fault(WEIGHTS, "flip", at=132_000))
+    assert saezoo(server.url, tmp_path, "get", "small", "1").returncode == 0
+    asked = [request.method for request in server.requests if request.path.endswith(WEIGHTS)]
+    assert asked == ["HEAD", "HEAD", "GET", "HEAD", "GET"]
+
+
+def test_bytes_flipped_twice_are_refused_and_not_kept(
+    server: HubServer, published: tuple[dict[str, Path], dict[str, Path]], overlay: Path, tmp_path: Path
+) -> None:
+    server.faults.append(Fault(WEIGHTS, "flip", at=132_000, times=2))
     message = error_of(saezoo(server.url, tmp_path, "get", "small", "1"))
-    assert " where the hub says " in message
-    Path(message.split(": delete ")[1].removesuffix(" and get it again")).unlink()
+    right = server.etags[published[0][WEIGHTS]]
+    wanted = (
+        rf"owner/reformatted/{WEIGHTS} at aaaaaaaa has sha256 \w{{64}} where the hub says {right}, twice; nothing .*"
+    )
+    assert re.fullmatch(wanted, message)
+    assert right not in leftovers(tmp_path)
     assert saezoo(server.url, tmp_path, "get", "small", "1").returncode == 0
 
 
