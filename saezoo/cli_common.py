@@ -27,6 +27,7 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """An unknown command is a usage error with the nearest name."""
         name = args[0]
         if self.get_command(ctx, name) is None:
             close = difflib.get_close_matches(name, self.commands, n=1)
@@ -35,6 +36,7 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a SaezooError, or a full disk under stdout, ends it with one line."""
         try:
             return super().invoke(ctx)
         except SaezooError as error:

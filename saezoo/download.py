@@ -85,6 +85,8 @@ def probe(repo: str, revision: str | None, name: str, reach: Reach, view: Transf
     with _explained(repo, revision, what):
         found = _patiently(lambda: _metadata(repo, revision, name, reach), what, view)
     exact = HubFile(repo, found.commit_hash or "", name)
+    if re.fullmatch("[0-9a-f]{40}", revision or "") and exact.commit != revision:
+        raise DownloadError(f"{what}: the hub answered with commit {exact.commit}; correct --mirror or HF_ENDPOINT")
     view.expect(str(exact), _size(_partial(_blob(exact, found))), found.size)
     return exact
 
@@ -288,11 +290,15 @@ def _explained(repo: str, revision: str | None, what: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise DownloadError(f"{what} could not be downloaded ({_refusal(error)}") from None
     except _Short as error:
-        raise DownloadError(f"{what} could not be downloaded ({error}); try again later") from None
-    except errors.HTTPError as error:  # the client library's own: no network, connection lost
         raise DownloadError(
-            f"{what} is not in the cache and the hub cannot be reached ({_first_line(error)})"
+            f"{what} could not be downloaded ({error}); try again later, what has come is kept"
         ) from None
+    except errors.HTTPError as error:  # the client library's own
+        if type(error).__name__ in _NOT_CONNECTED:
+            problem = f"is not in the cache and the hub cannot be reached ({_first_line(error)})"
+        else:
+            problem = f"could not be downloaded ({_first_line(error)}); try again later, what has come is kept"
+        raise DownloadError(f"{what} {problem}") from None
     except OSError as error:
         raise files.cannot_write(Path(error.filename or constants.HF_HUB_CACHE), error) from None
 

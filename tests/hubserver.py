@@ -56,6 +56,8 @@ class Fault:
     method: Literal["GET", "HEAD"] | None = None
     retry_after: int | None = None
     """Seconds, said with a status."""
+    message: str | None = None
+    """The hub's X-Error-Message, said with a status."""
 
 
 def is_lfs(path: Path) -> bool:
@@ -78,6 +80,8 @@ class HubServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.served = 0
+        """Faults so far."""
         self.stopped = threading.Event()
         self._commits: dict[tuple[str, str], dict[str, Path]] = {}
         self._refs: dict[tuple[str, str], str] = {}
@@ -115,6 +119,7 @@ class HubServer(ThreadingHTTPServer):
                 only = fault.method or (None if fault.kind in ("status", "missing", "etag") else "GET")
                 if fault.file == file and fault.times != 0 and only in (None, method):
                     fault.times = None if fault.times is None else fault.times - 1
+                    self.served += 1
                     return fault
         return None
 
@@ -197,7 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.take_fault(self.command, name)
         found = {"X-Repo-Commit": commit}
         if fault and fault.kind == "status":
-            return self._answer(fault.at, {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)})
+            said = {"Retry-After": fault.retry_after, "X-Error-Message": fault.message}
+            return self._answer(fault.at, {name: str(value) for name, value in said.items() if value is not None})
         if name not in files or (fault and fault.kind == "missing"):
             # With the commit in the answer the client remembers the absence (`.no_exist` in its cache).
             return self._answer(404, found | {"X-Error-Code": "EntryNotFound"})

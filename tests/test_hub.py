@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_registry
+from getting import error_of, leftovers, saezoo
 from hubserver import Fault, HubServer
 from huggingface_hub import constants
 from replicas import (
@@ -65,35 +66,6 @@ def server(published: tuple[dict[str, Path], dict[str, Path]]) -> Iterator[HubSe
         for (repo, revision), files in zip((NEW, OLD), published, strict=True):
             server.add(repo, revision, files)
         yield server
-
-
-def saezoo(endpoint: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`saezoo --registry mine.yaml …` in a process of its own, with an empty home of the hub client."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "SAEZOO_"))}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    environment |= {"SAEZOO_LOCK": str(folder / "saezoo.lock")}
-    command = [sys.executable, "-m", "saezoo", "--registry", str(folder / "mine.yaml"), *arguments]
-    return subprocess.run(
-        command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
-    )
-
-
-def error_of(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line of stderr, of a run that failed as it should."""
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    *_, last = done.stderr.splitlines()
-    assert last.startswith("Error: ")
-    assert done.stderr.count("Error: ") == 1
-    return last.removeprefix("Error: ")
-
-
-def leftovers(folder: Path) -> list[str]:
-    """Files in the cache other than refs and locks: halves of downloads, and what looks like a whole one."""
-    repositories = (folder / "home" / "hub").glob("models--*")
-    found = [path for repository in repositories for path in repository.rglob("*") if not path.is_dir()]
-    return [path.name for path in found if path.suffix != ".lock" and path.parent.name != "refs"]
 
 
 @pytest.mark.parametrize("layout", [None, "reformatted", "original"])
