@@ -135,16 +135,19 @@ def _unused(used: float, now: float) -> str:
 
 
 def table(items: list[Item]) -> Any:
-    """A rich table of `contents`."""
+    """A rich table of `contents`: a row for each SAE and model, and for each item of saezoo's own."""
     from rich.table import Table
 
-    shown = Table()
-    for column in ("repository", "revision", "file", "of", "size", "last used"):
-        shown.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
+    rows: dict[tuple[str, str, str], list[Item]] = {}
     for item in items:
-        day = time.strftime("%Y-%m-%d", time.localtime(item.last_used))
-        users = ", ".join(item.used_by)
-        shown.add_row(item.repo, (item.revision or "")[:8], item.file, users, size_words(item.bytes), day)
+        use = ", ".join(item.used_by) or (item.file if item.revision is None else "no registry entry")
+        rows.setdefault((item.repo, (item.revision or "")[:8], use), []).append(item)
+    shown = Table()
+    for column in ("repository", "revision", "of", "files", "size", "last used"):
+        shown.add_column(column, overflow="fold", justify="right" if column in ("files", "size") else "left")
+    for place, group in rows.items():
+        day = time.strftime("%Y-%m-%d", time.localtime(max(item.last_used for item in group)))
+        shown.add_row(*place, str(len(group)), size_words(sum(item.bytes for item in group)), day)
     return shown
 
 

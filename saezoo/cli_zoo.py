@@ -100,7 +100,7 @@ def cache() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Every file, as JSON.")
 @click.pass_obj
 def cache_ls(registry: Path | None, as_json: bool) -> None:
-    """List the files that saezoo has downloaded or made."""
+    """List what saezoo has downloaded or made, with its size and last use."""
     from saezoo import cache as cached
 
     found = cached.contents(read_registry(registry))

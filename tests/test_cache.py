@@ -64,8 +64,13 @@ def test_ls(cache: Path) -> None:
 
 def test_ls_as_a_table(cache: Path) -> None:
     result = saezoo("ls")
-    assert re.search(r"owner/reformatted +│ aaaaaaaa +│", result.stdout)
-    assert "3,000 B" in result.stdout
+    rows = [[cell.strip() for cell in line.split("│")[1:-2]] for line in result.stdout.splitlines() if "│" in line]
+    assert [row[:4] for row in rows] == [
+        [REPO, "aaaaaaaa", "small/1", "3"],
+        [REPO, "eeeeeeee", "no registry entry", "3"],
+        ["saezoo's own", "", "tokens/0123456789abcdef", "1"],
+    ]
+    assert rows[-1][4] == "3,000 B"
     assert re.fullmatch(r"\d+\.\d kB in 7 items\n", result.stderr)
 
 

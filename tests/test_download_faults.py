@@ -115,11 +115,8 @@ class Place:
         server = self.cdn if scenario.cdn else self.hub
         server.faults += [dataclasses.replace(f, file=f"{number}/{f.file}") for f in scenario.faults]
         [layout] = self.entry.layouts.values()
-        names = {
-            "weights": f"{number}/{NAMES[0]}",
-            "config": f"{number}/{NAMES[1]}",
-            "sparsity": f"{number}/{NAMES[2]}",
-        }
+        weights, config, sparsity = (f"{number}/{name}" for name in NAMES)
+        names: dict[str, Any] = {"weights": weights, "config": config, "sparsity": sparsity}
         layout = dataclasses.replace(layout, repo=repo, revision=COMMIT, **names)
         return dataclasses.replace(self.entry, layouts={"only": layout})
 
