@@ -85,6 +85,15 @@ def contents(registry: Registry) -> list[Item]:
     return sorted(found, key=lambda item: (item.repo, item.revision or "", item.file)) + list(_own())
 
 
+def broken(registry: Registry) -> Iterator[tuple[str, str]]:
+    """Known repositories that the client refuses to scan, and why: a link whose blob is gone, for one."""
+    warnings = [] if (scanned := _scan()) is None else [str(warning) for warning in scanned.warnings]
+    for repo, folder in _storages(_Known(registry)).items():
+        for warning in warnings:
+            if str(folder) in warning:
+                yield repo, f"{warning}; get it again"
+
+
 def verified(registry: Registry) -> Iterator[Item]:
     """Every file of the hub with `check` or `problem`: all are read, nothing is written."""
     for item in contents(registry):
@@ -97,7 +106,7 @@ def verified(registry: Registry) -> Iterator[Item]:
             yield dataclasses.replace(item, problem=str(error))
         else:
             yield dataclasses.replace(item, check=check)
-    for repo, problem in _broken(_Known(registry)):
+    for repo, problem in broken(registry):
         yield Item(repo, None, "(whole repository)", (), 0, 0.0, Path(), problem=problem)
 
 
@@ -210,15 +219,6 @@ def _storages(known: _Known) -> dict[str, Path]:
 
 def _halves(known: _Known) -> list[Path]:
     return [path for folder in _storages(known).values() for path in sorted((folder / "blobs").glob("*.incomplete"))]
-
-
-def _broken(known: _Known) -> Iterator[tuple[str, str]]:
-    """Known repositories that the client refuses to scan, and why: a link whose blob is gone, for one."""
-    warnings = [] if (scanned := _scan()) is None else [str(warning) for warning in scanned.warnings]
-    for repo, folder in _storages(known).items():
-        for warning in warnings:
-            if str(folder) in warning:
-                yield repo, f"{warning}; get it again"
 
 
 def _own() -> Iterator[Item]:

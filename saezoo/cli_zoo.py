@@ -103,7 +103,10 @@ def cache_ls(registry: Path | None, as_json: bool) -> None:
     """List what saezoo has downloaded or made, with its size and last use."""
     from saezoo import cache as cached
 
-    found = cached.contents(read_registry(registry))
+    known = read_registry(registry)
+    found = cached.contents(known)
+    for repo, problem in cached.broken(known):
+        terminal.note(f"not listed: {repo}: {problem}")
     if as_json:
         print_json([item.describe() for item in found])
         return

@@ -184,16 +184,19 @@ def _alone(blob: Path, view: Transfers) -> Iterator[None]:
 def _complete(file: HubFile, found: Any, blob: Path, reach: Reach, view: Transfers) -> None:
     """Go on with the partial file of an earlier attempt or process; rename it if it is what was promised."""
     partial = _partial(blob)
+    if found.size is None:  # nobody could say whether the partial file is the whole
+        partial.unlink(missing_ok=True)
     try:
-        if found.size is None or _size(partial) < found.size or _size(partial) == 0:
+        if found.size is None or not 0 < found.size <= _size(partial):
             _append(file, found, partial, reach, view)
-        if found.size is not None and (size := _size(partial)) != found.size:
-            if size > found.size:
-                partial.unlink()
-            raise _Short(f"{size:,} bytes came of {found.size:,}")
-    finally:
+    except BaseException:
         if _size(partial) == 0:
             partial.unlink(missing_ok=True)
+        raise
+    if found.size is not None and (size := _size(partial)) != found.size:
+        if size > found.size:
+            partial.unlink()
+        raise _Short(f"{size:,} bytes came of {found.size:,}")
     kind = {64: "sha256", 40: "git sha1"}.get(len(blob.name))
     if kind is not None and (actual := files.digest(partial, kind)) != blob.name:
         partial.unlink()

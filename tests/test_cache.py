@@ -116,6 +116,7 @@ def test_verify_finds_a_link_without_its_blob(cache: Path) -> None:
     assert result.exit_code == 1
     assert f"{REPO}/(whole repository)  DAMAGED\n" in result.stdout
     assert "Blob missing (broken symlink)" in result.stderr
+    assert f"not listed: {REPO}: Blob missing (broken symlink): " in saezoo("ls").stderr
 
 
 def test_prune_removes_what_no_entry_names(cache: Path) -> None:

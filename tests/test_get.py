@@ -104,6 +104,33 @@ def test_two_processes_download_a_file_once(server: HubServer, place: Path, publ
     assert len(json.loads((place / "saezoo.lock").read_text())["files"]) == 3
 
 
+def test_files_of_the_same_bytes_are_downloaded_once(
+    server: HubServer, place: Path, published: dict[str, Path]
+) -> None:
+    """Two threads want one blob."""
+    twice = published | {f"{HOOK}/sparsity.safetensors": published[WEIGHTS]}
+    server.add(REPO, COMMIT, twice)
+    server.faults.append(slow())
+    got(server.url, place, published)
+    assert [request.method for request in server.requests].count("GET") == 2  # the other one is cfg.json
+    snapshot = place / "home" / "hub" / "models--owner--reformatted" / "snapshots" / COMMIT
+    assert (snapshot / HOOK / "sparsity.safetensors").read_bytes() == published[WEIGHTS].read_bytes()
+
+
+def test_an_empty_file(server: HubServer, place: Path, published: dict[str, Path]) -> None:
+    (place / "empty.json").write_bytes(b"")
+    server.add(REPO, COMMIT, published | {f"{HOOK}/cfg.json": place / "empty.json"})
+    assert f"{HOOK}/cfg.json  hub git sha1, now in saezoo.lock" in got(server.url, place, published)
+
+
+@pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {}])
+def test_offline_by_the_environment_or_the_option(server: HubServer, place: Path, env: dict[str, str]) -> None:
+    options = [] if env else ["--offline"]
+    message = error_of(saezoo(server.url, place, "get", "small", *options, env=env))
+    assert message == f"owner/reformatted/{WEIGHTS} at aaaaaaaa is not in the cache; get it once while online"
+    assert server.requests == []
+
+
 def test_a_full_disk(server: HubServer, place: Path, published: dict[str, Path]) -> None:
     """No file can become larger than 30 kB, which cuts the writing short as a full disk does."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))"
