@@ -35,7 +35,7 @@ def main(ctx: click.Context, registry: Path | None) -> None:
     ctx.obj = registry
 
 
-for _command in (list_command, info, get, eval_command, verify_command, compare_command):
+for _command in (list_command, info, get, cache, eval_command, verify_command, compare_command):
     main.add_command(_command)
 
 
@@ -115,6 +115,3 @@ def reproduce_command(
         deliver(results, Outputs())
         terminal.note(f"report: {folder / 'report.md'}; use them: saezoo --registry {folder / 'registry.yaml'} list")
         click.echo(folder)
-
-
-main.add_command(cache)

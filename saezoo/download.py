@@ -87,7 +87,7 @@ def probe(repo: str, revision: str | None, name: str, reach: Reach, view: Transf
     exact = HubFile(repo, found.commit_hash or "", name)
     if re.fullmatch("[0-9a-f]{40}", revision or "") and exact.commit != revision:
         raise DownloadError(f"{what}: the hub answered with commit {exact.commit}; correct --mirror or HF_ENDPOINT")
-    view.expect(str(exact), _size(_partial(_blob(exact, found))), found.size)
+    view.expect(str(exact), _size(_partial(_blob(exact, found))), found.size, label=name)
     return exact
 
 

@@ -32,6 +32,7 @@ class Transfers:
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._files: dict[str, tuple[int, int | None]] = {}
+        self._labels: dict[str, str] = {}
         self._before: dict[str, int] = {}
         """Bytes of each file that an earlier process had brought: no part of the speed."""
         self._started: float | None = None
@@ -96,9 +97,10 @@ class Transfers:
         """Bytes of that file so far."""
         return self._files.get(name, (0, None))[0]
 
-    def expect(self, name: str, before: int, total: int | None) -> None:
-        """That file is to come, of so many bytes if that is known; `before` of them are here."""
+    def expect(self, name: str, before: int, total: int | None, *, label: str) -> None:
+        """That file is to come, of so many bytes if that is known; `before` of them are here; `label` is its bar's."""
         with self._lock:
+            self._labels[name] = label
             self._files[name] = (before, total)
             self._before.setdefault(name, before)
 
@@ -129,7 +131,7 @@ class Transfers:
             self._tasks["all files"] = self._bars.add_task("all files", total=None)
             self._bars.start()
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(_short(name), total=total)
+            self._tasks[name] = self._bars.add_task(_short(self._labels.get(name, name)), total=total)
         self._bars.update(self._tasks[name], completed=done, total=total, visible=done != total)
         whole = sum(size or 0 for _, size in self._files.values())
         self._bars.update(self._tasks["all files"], completed=self._done(), total=whole)
@@ -172,9 +174,9 @@ def _new_bars() -> Any:
     )
 
 
-def _short(name: str, width: int = 44) -> str:
-    """The end of a long path: what differs between the files of a collection."""
-    return name if len(name) <= width else "…" + name[1 - width :]
+def _short(label: str, width: int = 48) -> str:
+    """Both ends of a long path: which layer, and which file."""
+    return label if len(label) <= width else f"{label[: width // 2]}…{label[1 - width // 2 :]}"
 
 
 def size_words(size: int) -> str:

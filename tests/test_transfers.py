@@ -44,8 +44,8 @@ def test_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: py
     """Bytes of an earlier process count as done, not as speed; before the first byte nothing is shown."""
     monkeypatch.setattr(transfers, "_EVERY", 0.0)
     with Transfers() as view:
-        view.expect("a", 50_000, 151_000_000)
-        view.expect("b", 0, 1_000)
+        view.expect("a", 50_000, 151_000_000, label="a")
+        view.expect("b", 0, 1_000, label="b")
         assert capsys.readouterr().err == ""
         view.update("b", 1_000, 1_000)
     told = capsys.readouterr().err
