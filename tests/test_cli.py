@@ -173,7 +173,7 @@ def test_info_json() -> None:
     ("arguments", "message"),
     [
         (["lst"], "no command `lst`; did you mean `list`?"),
-        (["zzzz"], "no command `zzzz`; commands: list, info, get, eval, verify, compare, reproduce"),
+        (["zzzz"], "no command `zzzz`; commands: list, info, get, cache, eval, verify, compare, reproduce"),
         (["--registry", "absent.yaml", "list"], "no registry file absent.yaml"),
         (["info", "gpt2-smal-res", "0"], "no collection `gpt2-smal-res`; did you mean `gpt2-small-res`?"),
         (["info", "gpt2-small-res"], "Missing argument 'LAYER'."),
