@@ -264,7 +264,7 @@ def _wait(error: Exception) -> float | None:
 
 
 _NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
-"""By name: the client's library was httpx before version 2 and is httpx2 now."""
+"""By name: huggingface_hub 1 raises those of httpx, 2 those of httpx2."""
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:

@@ -106,7 +106,11 @@ def fetch_named_model(name: str, *, offline: bool = False) -> Path:
         return Path(name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UsageError(f"model `{name}` is neither a folder here nor a hub id like `openai-community/gpt2`")
-    return _get([Wanted(name, None, None, file, UNKNOWN) for file in MODEL_FILES], Reach(offline))[0][0].parent
+    first, *rest = MODEL_FILES
+    [(path, _)] = _get([Wanted(name, None, None, first, UNKNOWN)], Reach(offline))
+    commit = path.parent.name  # of this one for all: the branch may move meanwhile
+    _get([Wanted(name, commit, None, file, UNKNOWN) for file in rest], Reach(offline))
+    return path.parent
 
 
 def verify(path: Path, facts: FileFacts) -> str:
