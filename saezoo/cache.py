@@ -64,13 +64,13 @@ class Plan:
     bytes: int
     paths: tuple[Path, ...]
     """Files and folders."""
-    strategy: Any
-    """The hub client's own plan for its revisions, or None."""
+    strategies: tuple[Any, ...]
+    """The hub client's own plans for its revisions, one for each repository."""
 
     def execute(self) -> None:
         """Remove all of it. Raises SaezooError if something cannot be removed."""
-        if self.strategy is not None:
-            self.strategy.execute()
+        for strategy in self.strategies:
+            strategy.execute()
         for path in self.paths:
             try:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -116,23 +116,30 @@ def prunable(registry: Registry, *, older_than: int | None = None) -> Plan:
     With `older_than`, days: also revisions and items of saezoo's own cache that were not used for so long.
     """
     known, now = _Known(registry), time.time()
-    commits: list[str] = []
+    commits: dict[str, list[str]] = {}
     lines: list[str] = []
     for repo, revision in _revisions(known):
         used = max((_last_used(file.blob_path) for file in revision.files), default=revision.last_modified)
         foreign = (repo, revision.commit_hash) not in known.revisions and not revision.refs
         if foreign or _is_old(used, older_than, now):
             why = "in no registry entry" if foreign else _unused(used, now)
-            commits.append(revision.commit_hash)
+            commits.setdefault(repo, []).append(revision.commit_hash)
             lines.append(f"{repo} at {revision.commit_hash[:8]}  {size_words(revision.size_on_disk)}  {why}")
     halves = [path for path in _halves(known) if now - path.stat().st_mtime > _IN_USE]
     lines += [f"{path}  {size_words(_size(path))}  half of a download" for path in halves]
     own = [item for item in _own() if _is_old(item.last_used, older_than, now)]
     lines += [f"{item.path}  {size_words(item.bytes)}  {_unused(item.last_used, now)}" for item in own]
     paths = (*halves, *(item.path for item in own))
-    strategy = _scan().delete_revisions(*commits) if commits else None
-    freed = 0 if strategy is None else int(strategy.expected_freed_size)
-    return Plan(tuple(lines), freed + sum(map(_size, paths)), paths, strategy)
+    strategies = tuple(_only(repo).delete_revisions(*hashes) for repo, hashes in commits.items())
+    freed = sum(int(strategy.expected_freed_size) for strategy in strategies)
+    return Plan(tuple(lines), freed + sum(map(_size, paths)), paths, strategies)
+
+
+def _only(repo: str) -> Any:
+    """The client's cache as if it held that repository alone: it finds a revision in any that has a commit like it."""
+    scanned = _scan()
+    kept = frozenset(one for one in scanned.repos if (one.repo_type, one.repo_id) == ("model", repo))
+    return dataclasses.replace(scanned, repos=kept)
 
 
 def _is_old(used: float, older_than: int | None, now: float) -> bool:

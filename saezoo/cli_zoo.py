@@ -123,16 +123,16 @@ def cache_verify(registry: Path | None) -> None:
     """
     from saezoo import cache as cached
 
-    damaged = 0
     checked = list(cached.verified(read_registry(registry)))
     for item in checked:
         click.echo(f"{item.repo}/{item.file}  {item.check or 'DAMAGED'}")
         if item.problem is not None:
-            damaged += 1
             terminal.note(item.problem)
-    if damaged:
+    if damaged := sum(item.problem is not None for item in checked):
         raise DownloadError(f"{damaged} of {len(checked)} files are damaged")
-    terminal.note(f"{len(checked)} files are what they should be")
+    hashed = sum(item.check not in ("not verifiable", "registry size") for item in checked)
+    unknown = f"; of {len(checked) - hashed} none is known" if hashed < len(checked) else ""
+    terminal.note(f"{hashed} files have the hash that they should have{unknown}")
 
 
 @cache.command("prune")

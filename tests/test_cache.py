@@ -78,14 +78,14 @@ def test_an_empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
     monkeypatch.setenv("SAEZOO_CACHE", str(tmp_path / "none"))
     assert json.loads(saezoo("ls", "--json").stdout) == []
-    assert (saezoo("verify").exit_code, saezoo("verify").stderr) == (0, "0 files are what they should be\n")
+    assert (saezoo("verify").exit_code, saezoo("verify").stderr) == (0, "0 files have the hash that they should have\n")
     assert saezoo("prune", "--older-than", "0").stderr == "nothing to remove\n"
 
 
 def test_verify(cache: Path) -> None:
     """It reads everything and writes nothing, not even the lock file."""
     result = saezoo("verify")
-    assert (result.exit_code, result.stderr) == (0, "6 files are what they should be\n")
+    assert (result.exit_code, result.stderr) == (0, "6 files have the hash that they should have\n")
     assert f"{REPO}/{HOOK}/cfg.json  hub git sha1\n" in result.stdout
     assert not lock.lock_path().exists()
 
@@ -128,8 +128,30 @@ def test_prune_removes_what_no_entry_names(cache: Path) -> None:
     assert re.fullmatch(rf"{REPO} at eeeeeeee  [\d.]+ kB  in no registry entry", line)
     assert "Remove these, " in result.stderr
     assert [path.name for path in (storage(cache) / "snapshots").iterdir()] == [COMMIT]
-    assert saezoo("verify").stderr == "3 files are what they should be\n"
+    assert saezoo("verify").stderr == "3 files have the hash that they should have\n"
     assert len(list((storage(cache, "somebody/else") / "snapshots").iterdir())) == 1
+
+
+def test_prune_does_not_take_another_repository_with_that_commit(cache: Path, tmp_path: Path) -> None:
+    """A copy of a repository has the same commits."""
+    (storage(cache) / "refs" / "main").unlink()
+    for copy in ("aaa/copy", "zzz/copy"):
+        place_in_hub_cache(cache, copy, OLD, files_in(tmp_path / OLD))
+    assert saezoo("prune", "--yes").stdout.startswith(f"{REPO} at eeeeeeee")
+    assert [path.name for path in (storage(cache) / "snapshots").iterdir()] == [COMMIT]
+    for copy in ("aaa/copy", "zzz/copy"):
+        assert (storage(cache, copy) / "snapshots" / OLD / HOOK / "cfg.json").is_file()
+
+
+def test_verify_says_what_has_no_hash(cache: Path) -> None:
+    """As where a file system has no links: the file's name is not its hash, and nobody has written one down."""
+    pointer = storage(cache) / "snapshots" / COMMIT / HOOK / "cfg.json"
+    content = pointer.read_bytes()
+    pointer.unlink()
+    pointer.write_bytes(content)
+    result = saezoo("verify")
+    assert f"{REPO}/{HOOK}/cfg.json  not verifiable\n" in result.stdout
+    assert result.stderr == "5 files have the hash that they should have; of 1 none is known\n"
 
 
 def test_prune_asks(cache: Path) -> None:
