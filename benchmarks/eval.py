@@ -51,6 +51,7 @@ SAME = {
 def run_tool(tool: str, args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate with one tool, in this process: seconds, memory, and the metrics of each layer."""
     os.environ["HF_HUB_CACHE"] = str(args.cache / "hub")
+    os.environ["SAEZOO_LOCK"] = str(args.cache / "saezoo.lock")  # replicas: not what the user trusts
     start = time.perf_counter()
     import torch
 

@@ -112,7 +112,8 @@ def write_overlay(registry: Path, overlay: Path) -> None:
 def run_cli(cache: Path, *arguments: str, **environment: str) -> tuple[Cost, str]:
     """Run `saezoo …` as a subprocess; its cost and its stdout."""
     command = [sys.executable, "-W", "ignore", "-m", "saezoo", "--registry", str(cache / "registry.yaml"), *arguments]
-    return run(command, {"HF_HUB_CACHE": str(cache / "hub"), **environment})
+    lock = str(cache / "saezoo.lock")  # replicas: not what the user trusts
+    return run(command, {"HF_HUB_CACHE": str(cache / "hub"), "SAEZOO_LOCK": lock, **environment})
 
 
 def run(command: Sequence[str], environment: dict[str, str]) -> tuple[Cost, str]:
@@ -153,6 +154,7 @@ def get(args: argparse.Namespace) -> None:
     with HubServer() as hub, tempfile.TemporaryDirectory(dir=args.cache) as empty:
         hub.add(layout.repo, layout.revision, files_in(args.cache / "files" / "reformatted"))
         environment = {"HF_HUB_CACHE": empty, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environment["SAEZOO_LOCK"] = str(Path(empty) / "saezoo.lock")
         command = f"{sys.executable} -m saezoo --registry {args.cache / 'registry.yaml'} {' '.join(arguments)}"
         terminal = ["script", "-qec", f"stty cols 100 rows 40; {command}", "/dev/null"]
         # Linux counts the size of the process that starts another into the peak of the other: here, the server's.

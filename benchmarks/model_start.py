@@ -29,6 +29,7 @@ ROUNDS = 3
 def start(tool: str, cache: Path, out: Path) -> dict[str, Any]:
     """Load the model with one tool, run one row, save its centred residuals; seconds and peak of memory."""
     os.environ["HF_HUB_CACHE"] = str(cache / "hub")
+    os.environ["SAEZOO_LOCK"] = str(cache / "saezoo.lock")  # a replica: not what the user trusts
     begin = time.perf_counter()
     import torch
     from transformers import AutoTokenizer, GPT2LMHeadModel  # noqa: F401 (both tools need them)

@@ -5,48 +5,16 @@ stdout carries data (tables, JSON, CSV, paths); progress and remarks go to stder
 
 from __future__ import annotations
 
-import difflib
-import errno
-import json
-import os
-import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from saezoo import terminal
-from saezoo.cli_common import Outputs, deliver, runtime_options
+from saezoo.cli_common import Group, Outputs, deliver, runtime_options
 from saezoo.cli_evals import compare_command, eval_command, verify_command
-from saezoo.errors import SaezooError
-from saezoo.registry import read_registry
-
-
-class _Group(click.Group):
-    """Suggests near commands, and turns every SaezooError into one line on stderr."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0]
-        if self.get_command(ctx, name) is None:
-            close = difflib.get_close_matches(name, self.commands, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"commands: {', '.join(self.commands)}"
-            ctx.fail(f"no command `{name}`; {hint}")
-        return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except SaezooError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(error.exit_code)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            click.echo("Error: no space left where the output goes; free some, or send it elsewhere", err=True)
-            os._exit(1)  # an ordinary exit would flush stdout, and fail again
+from saezoo.cli_zoo import cache, convert_command, get, info, list_command
 
 
 def _version() -> str:
@@ -56,7 +24,7 @@ def _version() -> str:
         return "(a checkout that is not installed)"
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--registry", type=click.Path(path_type=Path), help="Overlay registry file (or SAEZOO_REGISTRY).")
 @click.version_option(_version(), prog_name="saezoo")
 @click.pass_context
@@ -67,92 +35,7 @@ def main(ctx: click.Context, registry: Path | None) -> None:
     ctx.obj = registry
 
 
-@main.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Every registry field, as JSON.")
-@click.pass_obj
-def list_command(registry: Path | None, as_json: bool) -> None:
-    """List all collections and their SAEs."""
-    known = read_registry(registry)
-    collections = known.collections
-    if as_json:
-        _print_json([known.describe(entry) for entries in collections.values() for entry in entries])
-        return
-    from rich.table import Table
-
-    table = Table()
-    overlaid = any(entries[0].origin != "built-in" for entries in collections.values())
-    for column in ("collection", "SAEs", "model", "d_in x d_sae", "recipe", *(["from"] if overlaid else [])):
-        table.add_column(column, overflow="fold", no_wrap=column == "collection")
-    for name, entries in collections.items():
-        first, widths = entries[0], sorted({entry.d_sae for entry in entries})
-        d_sae = f"{widths[0]:,}" if len(widths) == 1 else f"{widths[0]:,}-{widths[-1]:,}"
-        layers = terminal.ranges([entry.name for entry in entries])
-        table.add_row(
-            name,
-            layers,
-            first.model_name,
-            f"{first.d_in} x {d_sae}",
-            first.recipe_name or "",
-            *([first.origin] if overlaid else []),
-        )
-    terminal.print_table(table)
-
-
-@main.command()
-@click.argument("collection")
-@click.argument("layer")
-@click.option("--json", "as_json", is_flag=True, help="Every registry field, as JSON.")
-@click.pass_obj
-def info(registry: Path | None, collection: str, layer: str, as_json: bool) -> None:
-    """Show what is known about one SAE (or several: 0-3,7)."""
-    known = read_registry(registry)
-    entries = known.find(collection, layer)
-    if as_json:
-        records = [known.describe(entry) for entry in entries]
-        _print_json(records if len(records) > 1 else records[0])
-        return
-    for entry in entries:
-        terminal.print_table(terminal.info_table(entry, known.describe(entry)["sources"]))
-
-
-@main.command()
-@click.argument("collection")
-@click.argument("layers")
-@click.option("--layout", help="Which published form.  [default: the first]")
-@click.option("--with-model", is_flag=True, help="The language model too: then eval works offline.")
-@click.option("--offline", is_flag=True, help="Only check what is cached.")
-@click.pass_obj
-def get(
-    registry: Path | None, /, collection: str, layers: str, layout: str | None, with_model: bool, offline: bool
-) -> None:
-    """Download SAEs, verify them, and print where they are."""
-    from saezoo import hub
-
-    entries = read_registry(registry).find(collection, layers)
-    if with_model:
-        terminal.note(f"{entries[0].model_name}  {hub.fetch_model(entries[0].model, offline=offline)}")
-    for entry in entries:
-        fetched = hub.fetch(entry, layout, offline=offline)
-        for name, check in fetched.checks.items():
-            click.echo(f"{collection} {entry.name}  {name}  {check}", err=True)
-        click.echo(fetched.weights)
-
-
-@main.command("convert")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option("--to", required=True, type=click.Choice(["saelens", "dictionary_learning", "sparsify"]), help="Format.")
-def convert_command(source: Path, target: Path, to: Literal["saelens", "dictionary_learning", "sparsify"]) -> None:
-    """Write the SAE at SOURCE, in any format, into the new folder TARGET.
-
-    No bit of a weight changes, and converting back gives the same files' contents again.
-    """
-    from saezoo import conversion
-
-    click.echo(conversion.convert(source, target, to))
-
-
-for _command in (eval_command, verify_command, compare_command):
+for _command in (list_command, info, get, convert_command, cache, eval_command, verify_command, compare_command):
     main.add_command(_command)
 
 
@@ -232,8 +115,3 @@ def reproduce_command(
         deliver(results, Outputs())
         terminal.note(f"report: {folder / 'report.md'}; use them: saezoo --registry {folder / 'registry.yaml'} list")
         click.echo(folder)
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2))
-    sys.stdout.flush()

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from saezoo import files, terminal
+from saezoo.errors import SaezooError
 
 if TYPE_CHECKING:
     from saezoo.results import Result
+
+
+class Group(click.Group):
+    """Suggests near commands, and turns every SaezooError into one line on stderr."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """An unknown command is a usage error with the nearest name."""
+        name = args[0]
+        if self.get_command(ctx, name) is None:
+            close = difflib.get_close_matches(name, self.commands, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"commands: {', '.join(self.commands)}"
+            ctx.fail(f"no command `{name}`; {hint}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a SaezooError, or a full disk under stdout, ends it with one line."""
+        try:
+            return super().invoke(ctx)
+        except SaezooError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            click.echo("Error: no space left where the output goes; free some, or send it elsewhere", err=True)
+            os._exit(1)  # an ordinary exit would flush stdout, and fail again
 
 
 def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -103,3 +136,9 @@ def write(path: str, text: str) -> None:
     else:
         forms.write_text(Path(path), text)
         terminal.note(f"wrote {path}")
+
+
+def print_json(value: Any) -> None:
+    """Indented JSON on stdout."""
+    click.echo(json.dumps(value, indent=2))
+    sys.stdout.flush()

@@ -95,6 +95,18 @@ def cannot_write(path: Path, error: OSError) -> SaezooError:
     return SaezooError(f"cannot write {path}: {error.strerror or error}; choose a place that can be written")
 
 
+_digests: dict[tuple[str, int, int, int, int], str] = {}
+
+
+def digest(path: Path, kind: str) -> str:
+    """Hex `sha256` or `git sha1` of the file; one that stays as it is, but for its name, is read once per process."""
+    facts = path.stat()
+    key = (kind, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    if key not in _digests:
+        _digests[key] = sha256(path) if kind == "sha256" else git_sha1(path)
+    return _digests[key]
+
+
 def git_sha1(path: Path) -> str:
     """Hex SHA-1 of the file as a git blob; the hub names small files by it."""
     content = path.read_bytes()

@@ -15,6 +15,13 @@ BOS = "<|endoftext|>"
 # Tiny matrices: on a busy machine several threads mostly wait for each other, twenty times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["SAEZOO_CACHE"] = tempfile.mkdtemp(prefix="saezoo-tests-")  # never the user's
+os.environ["SAEZOO_LOCK"] = str(Path(os.environ["SAEZOO_CACHE"]) / "saezoo.lock")
+
+
+@pytest.fixture(autouse=True)
+def own_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' repositories share names, not contents."""
+    monkeypatch.setenv("SAEZOO_LOCK", str(tmp_path / "saezoo.lock"))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@
         hub.faults.append(Fault("cfg.json", "status", at=503))
         hf_hub_download("owner/name", "cfg.json", revision="0" * 40, cache_dir=…, endpoint=hub.url)
 
-What it does not have: Xet, redirects to a CDN, authentication, compression, uploads.
+`cdn` names a second server to which large files are redirected, `private` and `gated` repositories want a token.
+What it does not have: Xet, compression, uploads.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,15 +43,21 @@ class Request(NamedTuple):
 class Fault:
     """How one file misbehaves the next `times` times it is asked for (`None`: every time).
 
-    `at`: how many bytes come before a drop (FIN), reset (RST) or stall; the byte to flip; the status code.
-    `method` limits a status or missing fault; the others are for GET in any case.
+    `at`: how many bytes come before a drop (FIN), reset (RST) or stall; the byte to flip; the status code; the
+    Content-Length that is too short, and that the body then has; bytes that the Content-Length is too long; bytes that
+    trickle every 20 ms. `etag` answers with the ETag of other content, `whole` ignores a Range.
+    `method` limits a status, missing, etag or short fault; the others are for GET in any case.
     """
 
     file: str
-    kind: Literal["drop", "reset", "stall", "flip", "status", "missing"]
+    kind: Literal["drop", "reset", "stall", "flip", "status", "missing", "short", "long", "trickle", "etag", "whole"]
     at: int = 0
     times: int | None = 1
     method: Literal["GET", "HEAD"] | None = None
+    retry_after: int | None = None
+    """Seconds, said with a status."""
+    message: str | None = None
+    """The hub's X-Error-Message, said with a status."""
 
 
 def is_lfs(path: Path) -> bool:
@@ -72,10 +80,17 @@ class HubServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.served = 0
+        """Faults so far."""
         self.stopped = threading.Event()
         self._commits: dict[tuple[str, str], dict[str, Path]] = {}
         self._refs: dict[tuple[str, str], str] = {}
         self.etags: dict[Path, str] = {}
+        self.private: dict[str, str] = {}
+        """Repository -> the token that it wants; without one it does not exist."""
+        self.gated: dict[str, str] = {}
+        """The same, but strangers are told that it exists."""
+        self.cdn: HubServer | None = None
         self._lock = threading.Lock()
 
     def add(self, repo_id: str, revision: str, files: Mapping[str, Path], *, ref: str = "main") -> None:
@@ -93,13 +108,18 @@ class HubServer(ThreadingHTTPServer):
             raise LookupError("RevisionNotFound")
         return commit, self._commits[repo_id, commit]
 
+    def share(self, other: "HubServer") -> None:
+        """Serve what `other` has, and be its CDN."""
+        self._commits, self._refs, self.etags, other.cdn = other._commits, other._refs, other.etags, self
+
     def take_fault(self, method: str, file: str) -> Fault | None:
         """The first fault in force for this request, used up by one."""
         with self._lock:
             for fault in self.faults:
-                only = fault.method or (None if fault.kind in ("status", "missing") else "GET")
+                only = fault.method or (None if fault.kind in ("status", "missing", "etag") else "GET")
                 if fault.file == file and fault.times != 0 and only in (None, method):
                     fault.times = None if fault.times is None else fault.times - 1
+                    self.served += 1
                     return fault
         return None
 
@@ -164,24 +184,52 @@ class _Handler(BaseHTTPRequestHandler):
             answer = [{"type": "file", "path": name, "size": size, "oid": oid} for name, size, oid in rows]
         self._answer(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
+    def _refused(self, repo: str) -> bool:
+        """Whether the request lacked the token, and has been answered."""
+        header = self.headers.get("Authorization")
+        if repo in self.hub.private and header != f"Bearer {self.hub.private[repo]}":
+            self._answer(401, {"X-Error-Code": "RepoNotFound"})
+        elif repo in self.hub.gated and header != f"Bearer {self.hub.gated[repo]}":
+            self._answer(401 if header is None else 403, {"X-Error-Code": "GatedRepo"})
+        else:
+            return False
+        return True
+
     def _resolve(self, repo: str, revision: str, name: str) -> None:
+        if self._refused(repo):
+            return None
         commit, files = self.hub.tree(repo, revision)
         fault = self.hub.take_fault(self.command, name)
         found = {"X-Repo-Commit": commit}
         if fault and fault.kind == "status":
-            return self._answer(fault.at)
+            said = {"Retry-After": fault.retry_after, "X-Error-Message": fault.message}
+            return self._answer(fault.at, {name: str(value) for name, value in said.items() if value is not None})
         if name not in files or (fault and fault.kind == "missing"):
             # With the commit in the answer the client remembers the absence (`.no_exist` in its cache).
             return self._answer(404, found | {"X-Error-Code": "EntryNotFound"})
         path = files[name]
-        etag, size = f'"{self.hub.etags[path]}"', path.stat().st_size
+        tag, size = self.hub.etags[path], path.stat().st_size
+        if fault and fault.kind == "etag":
+            tag = hashlib.sha256(tag.encode()).hexdigest()[: len(tag)]
+        etag = f'"{tag}"'
         found |= {"ETag": etag, "Accept-Ranges": "bytes"}
         if is_lfs(path):
             found |= {"X-Linked-Etag": etag, "X-Linked-Size": str(size)}
+            if self.hub.cdn is not None:
+                return self._answer(302, found | {"Location": f"{self.hub.cdn.url}{self.path}?Signature=sesame"})
         rest = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))  # the only form the client sends
+        if fault and fault.kind == "whole":
+            rest = None
         start = int(rest[1]) if rest else 0
+        if start > size:
+            return self._answer(416, found)
         found |= {"Content-Range": f"bytes {start}-{size - 1}/{size}"} if rest else {}
-        self._answer(206 if rest else 200, found | {"Content-Length": str(size - start)})
+        length = size - start
+        if fault and fault.kind == "short":
+            length = max(0, fault.at - start)
+        if fault and fault.kind == "long":
+            length += fault.at
+        self._answer(206 if rest else 200, found | {"Content-Length": str(length)})
         if self.command == "GET":
             self._send(path, start, fault)
 
@@ -189,8 +237,12 @@ class _Handler(BaseHTTPRequestHandler):
         content = path.read_bytes()
         if fault and fault.kind == "flip":
             content = content[: fault.at] + bytes([content[fault.at] ^ 1]) + content[fault.at + 1 :]
-        stop = fault.at if fault and fault.kind != "flip" else len(content)
-        self.wfile.write(memoryview(content)[start:stop])
+        stop = fault.at if fault and fault.kind in ("drop", "reset", "stall", "short") else len(content)
+        pace = fault.at if fault and fault.kind == "trickle" else len(content) + 1
+        for piece in range(start, max(stop, start), pace):
+            self.wfile.write(memoryview(content)[piece : min(piece + pace, stop)])
+            if fault and fault.kind == "trickle":
+                time.sleep(0.02)
         if fault and fault.kind == "stall":
             self.hub.stopped.wait()
         if fault and fault.kind == "reset":

@@ -28,8 +28,12 @@ OPTIONS = {
     "saezoo": "--registry --version",
     "list": "--json",
     "info": "--json",
-    "get": "--layout --with-model --offline",
+    "get": "--layout --with-model --mirror --offline",
     "convert": "--to",
+    "cache": "",
+    "cache ls": "--json",
+    "cache verify": "",
+    "cache prune": "--older-than --yes",
     "eval": "--tokens --protocol --suite --model --layout --dtype --batch-size --resume --csv --json --append"
     " --markdown --breakdown --densities --plots --text --dataset --device --seed --offline",
     "verify": "--tokens --layout --dtype --batch-size --resume --csv --text --dataset --device --seed --offline",
@@ -110,7 +114,10 @@ def command(sae_folder: Path, tiny_model_folder: Path, text: Path) -> list[objec
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_is_meant(name: str) -> None:
     """A new option needs a line in the documentation, and here."""
-    command: click.Command = main if name == "saezoo" else main.commands[name]
+    command: click.Command = main
+    for word in name.split() if name != "saezoo" else ():
+        assert isinstance(command, click.Group)
+        command = command.commands[word]
     options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
     assert [option.opts[0] for option in options] == OPTIONS[name].split()
     assert all(option.help or option.name == "protocol" for option in options)
@@ -120,8 +127,9 @@ def test_every_option_is_meant(name: str) -> None:
 def test_help_names_every_command() -> None:
     result = saezoo("--help")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert list(OPTIONS)[1:] == ["list", "info", "get", "convert", "eval", "verify", "compare", "reproduce"]
-    assert set(re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)) == set(OPTIONS) - {"saezoo"}
+    top = [name for name in OPTIONS if " " not in name]
+    assert top[1:] == ["list", "info", "get", "convert", "cache", "eval", "verify", "compare", "reproduce"]
+    assert set(re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)) == set(top) - {"saezoo"}
     assert saezoo("-h").stdout == result.stdout
 
 
@@ -178,7 +186,7 @@ def test_info_json() -> None:
     ("arguments", "message"),
     [
         (["lst"], "no command `lst`; did you mean `list`?"),
-        (["zzzz"], "no command `zzzz`; commands: list, info, get, convert, eval, verify, compare, reproduce"),
+        (["zzzz"], "no command `zzzz`; commands: list, info, get, convert, cache, eval, verify, compare, reproduce"),
         (["--registry", "absent.yaml", "list"], "no registry file absent.yaml"),
         (["info", "gpt2-smal-res", "0"], "no collection `gpt2-smal-res`; did you mean `gpt2-small-res`?"),
         (["info", "gpt2-small-res"], "Missing argument 'LAYER'."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_registry
+from getting import error_of, leftovers, saezoo
 from hubserver import Fault, HubServer
 from huggingface_hub import constants
 from replicas import (
@@ -66,34 +68,6 @@ def server(published: tuple[dict[str, Path], dict[str, Path]]) -> Iterator[HubSe
         yield server
 
 
-def saezoo(endpoint: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`saezoo --registry mine.yaml …` in a process of its own, with an empty home of the hub client."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "SAEZOO_"))}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-m", "saezoo", "--registry", str(folder / "mine.yaml"), *arguments]
-    return subprocess.run(
-        command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
-    )
-
-
-def error_of(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line of stderr, of a run that failed as it should."""
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    *_, last = done.stderr.splitlines()
-    assert last.startswith("Error: ")
-    assert done.stderr.count("Error: ") == 1
-    return last.removeprefix("Error: ")
-
-
-def leftovers(folder: Path) -> list[str]:
-    """Files in the cache other than refs and locks: halves of downloads, and what looks like a whole one."""
-    repositories = (folder / "home" / "hub").glob("models--*")
-    found = [path for repository in repositories for path in repository.rglob("*") if not path.is_dir()]
-    return [path.name for path in found if path.suffix != ".lock" and path.parent.name != "refs"]
-
-
 @pytest.mark.parametrize("layout", [None, "reformatted", "original"])
 def test_both_layouts_load_from_the_cache_offline(cache: Path, overlay: Path, layout: str | None) -> None:
     sae = load("small", 1, layout=layout, offline=True, registry=overlay)
@@ -115,11 +89,11 @@ def test_published_shapes_load_from_the_cache(cache: Path, tmp_path: Path) -> No
 
 def test_each_file_says_how_it_was_checked(cache: Path, overlay: Path) -> None:
     entry = read_registry(overlay).find("small", 1)[0]
-    assert hub.fetch(entry, offline=True).checks == {
-        WEIGHTS: "hub sha256",
-        f"{HOOK}/cfg.json": "hub git sha1",
-        f"{HOOK}/sparsity.safetensors": "hub sha256",
-    }
+    names = {WEIGHTS: "sha256", f"{HOOK}/cfg.json": "git sha1", f"{HOOK}/sparsity.safetensors": "sha256"}
+    first = hub.fetch(entry, offline=True).checks
+    assert first == {name: f"hub {kind}, now in saezoo.lock" for name, kind in names.items()}
+    again = hub.fetch(entry, offline=True).checks
+    assert again == {name: f"saezoo.lock {kind}" for name, kind in names.items()}
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, f"{HOOK}/cfg.json"])
@@ -259,17 +233,31 @@ def test_faults_of_the_hub(server: HubServer, overlay: Path, tmp_path: Path, fau
     start = time.monotonic()
     assert error_of(saezoo(server.url, tmp_path, "get", "small", "1")).startswith(message)
     assert time.monotonic() - start < 20  # a busy machine; the client's own retries would take 23 s more
-    assert leftovers(tmp_path) == []
+    kept = {name for name in leftovers(tmp_path) if name.endswith("sae_weights.safetensors")}
+    assert kept == set()
     server.faults.clear()
     assert saezoo(server.url, tmp_path, "get", "small", "1").returncode == 0
 
 
-def test_a_byte_flipped_on_the_way_is_found(server: HubServer, overlay: Path, tmp_path: Path) -> None:
-    """The client itself does not notice. The remedy in the message works."""
+def test_a_byte_flipped_on_the_way_is_mended(server: HubServer, overlay: Path, tmp_path: Path) -> None:
+    """The client itself would not notice."""
     server.faults.append(Fault(WEIGHTS, "flip", at=132_000))
+    assert saezoo(server.url, tmp_path, "get", "small", "1").returncode == 0
+    asked = [request.method for request in server.requests if request.path.endswith(WEIGHTS)]
+    assert asked == ["HEAD", "HEAD", "GET", "HEAD", "GET"]
+
+
+def test_bytes_flipped_twice_are_refused_and_not_kept(
+    server: HubServer, published: tuple[dict[str, Path], dict[str, Path]], overlay: Path, tmp_path: Path
+) -> None:
+    server.faults.append(Fault(WEIGHTS, "flip", at=132_000, times=2))
     message = error_of(saezoo(server.url, tmp_path, "get", "small", "1"))
-    assert " where the hub says " in message
-    Path(message.split(": delete ")[1].removesuffix(" and get it again")).unlink()
+    right = server.etags[published[0][WEIGHTS]]
+    wanted = (
+        rf"owner/reformatted/{WEIGHTS} at aaaaaaaa has sha256 \w{{64}} where the hub says {right}, twice; nothing .*"
+    )
+    assert re.fullmatch(wanted, message)
+    assert right not in leftovers(tmp_path)
     assert saezoo(server.url, tmp_path, "get", "small", "1").returncode == 0
 
 
