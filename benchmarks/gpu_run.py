@@ -68,7 +68,7 @@ def run(layers: str, args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     depths = [depth_of(entry.hook, 12) for entry in entries]
     lm = random_model(args.device, max(1, *depths))
-    half, context = recipe.buffer_batches // 2, entries[0].context_size
+    half, context = recipe.buffer_batches // 2, entries[0].known_context
     calls = random_calls(recipe.store_rows, context)
     feed = Feed(lm, calls, depths, centre=True, per_refill=half, start=Cursor(0, 0), ranks=Ranks())
     generator = torch.Generator(device).manual_seed(0)

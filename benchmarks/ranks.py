@@ -97,7 +97,7 @@ def measure(share: Any, ghosts: bool) -> dict[str, Any] | None:
 
     torch.set_num_threads(1)
     entries = read_registry().find("tiny-res", "all")
-    recipe = replace(entries[0].recipe, buffer_batches=BUFFER, dead_after_steps=1 if ghosts else 500)
+    recipe = replace(entries[0].known_recipe, buffer_batches=BUFFER, dead_after_steps=1 if ghosts else 500)
     job = Job(tuple(entries), recipe, builtin("train"), tokens=recipe.tokens, seed=0)
     lm = load_language_model(Path(str(entries[0].model.folder)))
     ranks, _ = join("cpu", share)

@@ -85,7 +85,7 @@ def list_command(registry: Path | None, as_json: bool) -> None:
     for name, entries in collections.items():
         first = entries[0]
         layers = terminal.ranges([entry.name for entry in entries])
-        row = (name, layers, first.model_name, str(first.d_in), str(first.d_sae), first.recipe_name, first.origin)
+        row = (name, layers, first.model_name, str(first.d_in), str(first.d_sae), first.recipe_name or "", first.origin)
         table.add_row(*row)
     terminal.print_table(table)
 

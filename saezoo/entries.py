@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from saezoo.errors import UsageError
+
 Protocol = Literal["standard", "feb2024"]
 
 
@@ -170,23 +172,39 @@ class Entry:
     model: Model
     d_in: int
     d_sae: int
-    context_size: int
+    context_size: int | None
     """Tokens per row in training; positions beyond it were never seen."""
     prepend_bos: bool
     centre: bool
     """True: the SAE wants the residual minus its mean over d_model (TransformerLens' centred writing weights)."""
     dtype: str
-    licence: str
+    licence: str | None
     layouts: dict[str, Layout]
     """In order of preference; `load` takes the first."""
     neuronpedia: str | None
     definitions: Published
     published: dict[str, float | None]
     """Our metric's name -> the published value."""
-    recipe_name: str
-    recipe: Recipe
+    recipe_name: str | None
+    recipe: Recipe | None
     dataset_name: str | None
+    """None: the bundled training text if the recipe is known, else unknown."""
     dataset: Dataset | None
     source: tuple[str, ...]
     origin: str
     """The registry file this came from; `built-in` for the package's own."""
+
+    @property
+    def known_context(self) -> int:
+        """`context_size`; UsageError if it is unknown, since no row can be packed for training then."""
+        if self.context_size is None:
+            name = f"{self.collection} {self.name}"
+            raise UsageError(f"the context size of {name} is unknown; set `context_size` in {self.origin} to train")
+        return self.context_size
+
+    @property
+    def known_recipe(self) -> Recipe:
+        """`recipe`; UsageError if it is unknown."""
+        if self.recipe is None:
+            raise UsageError(f"the recipe of {self.collection} is unknown; choose one of the registry: --recipe NAME")
+        return self.recipe

@@ -82,7 +82,7 @@ def load_entry(
         described,
         hook=entry.hook,
         model_name=entry.model_name,
-        context_size=entry.context_size,
+        context_size=described.context_size if entry.context_size is None else entry.context_size,
         prepend_bos=entry.prepend_bos,
         centre=entry.centre,
     )

@@ -47,15 +47,15 @@ class _Collection:
     title: str
     model: str
     dataset: str | None
-    recipe: str
+    recipe: str | None
     hook: str
     d_in: int
     d_sae: int
-    context_size: int
+    context_size: int | None
     prepend_bos: bool
     centre: bool
     dtype: Literal["float32", "float16", "bfloat16"]
-    licence: str
+    licence: str | None
     source: tuple[str, ...]
     layouts: dict[str, Layout]
     published: Published
@@ -63,8 +63,9 @@ class _Collection:
 
     def __post_init__(self) -> None:
         for name in ("d_in", "d_sae", "context_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be above 0, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be above 0, not {value}")
         for name in ("saes", "layouts"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` must list at least one")
@@ -276,7 +277,7 @@ class _Resolver:
             definitions=spec.published,
             published=dict(sae.published),
             recipe_name=spec.recipe,
-            recipe=self._named("recipe", spec.recipe, self.known.recipes),
+            recipe=None if spec.recipe is None else self._named("recipe", spec.recipe, self.known.recipes),
             dataset_name=spec.dataset,
             dataset=None if spec.dataset is None else self._named("data set", spec.dataset, self.known.datasets),
             source=spec.source,

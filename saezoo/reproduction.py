@@ -16,7 +16,7 @@ import torch
 from saezoo import checkpoint, files
 from saezoo import results as forms
 from saezoo import tokens as text
-from saezoo.entries import Entry, Recipe
+from saezoo.entries import Entry
 from saezoo.errors import TrainingError, UsageError
 from saezoo.evals import Subject
 from saezoo.evals import evaluate as run_evals
@@ -150,7 +150,9 @@ def _job(
     registry = read_registry(options.registry)
     entries = registry.find(name, layers)
     first = entries[0]
-    chosen: Recipe = registry.recipe(recipe) if recipe else first.recipe
+    chosen = registry.recipe(recipe) if recipe else first.known_recipe
+    if first.recipe is None and first.dataset is None and options.text is None and options.dataset is None:
+        raise UsageError(f"what {first.collection} was trained on is unknown; give --text or --dataset")
     trained_on = TextSource(f"dataset:{first.dataset_name}", dataset=first.dataset)
     source = text_source(options, default=trained_on if first.dataset else text.builtin("train"))
     if str(options.text) == "builtin":
@@ -158,7 +160,7 @@ def _job(
     product = best_product(torch.device(options.device)) if means.product == "auto" else means.product
     job = Job(tuple(entries), chosen, source, chosen.tokens if tokens is None else tokens, options.seed, product)
     job.check()
-    return job, recipe or first.recipe_name
+    return job, recipe or str(first.recipe_name)
 
 
 def _language_model(job: Job, means: Means, options: Options) -> LanguageModel:
@@ -175,8 +177,8 @@ def _check_fit(entries: Sequence[Entry], lm: LanguageModel) -> None:
         name = f"{entry.collection} {entry.name}"
         if entry.d_in != lm.d_model:
             raise UsageError(f"{name} reads width {entry.d_in}, the model has {lm.d_model}")
-        if entry.context_size > lm.n_positions:
-            raise UsageError(f"{name} wants rows of {entry.context_size} tokens, the model takes {lm.n_positions}")
+        if entry.known_context > lm.n_positions:
+            raise UsageError(f"{name} wants rows of {entry.known_context} tokens, the model takes {lm.n_positions}")
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -282,7 +284,7 @@ def _unseen_rows(job: Job, lm: LanguageModel, eval_tokens: int) -> tuple[str, te
     if dataset is not None and dataset.heldout_files is not None:
         heldout = dataclasses.replace(dataset, data_files=dataset.heldout_files)
         source = TextSource(f"{job.source.name}:heldout", dataset=heldout)
-    context = first.context_size
+    context = first.known_context
     found = packed(source, lm, context, first.definitions.protocol)
     return source.name, text.collect(found, tokens=eval_tokens, context=context, source=source.name)
 
@@ -300,7 +302,7 @@ def _measure(
     first = job.entries[0]
     if lm.dtype != torch.float32:
         lm = load_language_model(fetch_model(first.model, options), device=options.device)
-    total = len(rows) * first.context_size
+    total = len(rows) * first.known_context
     subjects = [
         Subject(sae, entry.collection, entry.name, entry.published)
         for sae, entry in zip(saes, job.entries, strict=True)

@@ -127,20 +127,27 @@ def info_table(entry: Entry, sources: Mapping[str, str]) -> Any:
     table.add_row("shape", f"d_in {entry.d_in}, d_sae {entry.d_sae}, {entry.dtype}")
     centred = "residual minus its mean over d_in" if entry.centre else "residual as it is"
     bos = "begin with BOS" if entry.prepend_bos else "no BOS"
-    table.add_row("input", f"{centred}; rows of {entry.context_size} tokens, {bos}")
+    rows = "rows of unknown length" if entry.context_size is None else f"rows of {entry.context_size} tokens"
+    table.add_row("input", f"{centred}; {rows}, {bos}")
     for name, layout in entry.layouts.items():
         where = f"{layout.repo}@{layout.revision}" if layout.repo else str(layout.folder)
         facts = layout.facts.get("weights")
         table.add_row(f"files: {name}", f"{where}\n{layout.weights}\nsha256 {(facts and facts.sha256) or 'unknown'}")
-    table.add_row("licence", entry.licence)
+    table.add_row("licence", entry.licence or "unknown")
     if entry.neuronpedia:
         table.add_row("neuronpedia", f"https://www.neuronpedia.org/{entry.neuronpedia}")
     for name, value in entry.published.items():
         table.add_row(f"published: {name}", f"{value}   ({entry.definitions.definitions[name]})")
     table.add_row("published how", f"{entry.definitions.protocol} protocol; {entry.definitions.sample}")
-    recipe = {k: v for k, v in dataclasses.asdict(entry.recipe).items() if k != "source"}
-    table.add_row(f"recipe: {entry.recipe_name}", ", ".join(f"{key} {value}" for key, value in recipe.items()))
+    table.add_row(*_recipe_row(entry))
     for key, words in sources.items():
         table.add_row(f"source: {key}", words)
     table.add_row("from", entry.origin)
     return table
+
+
+def _recipe_row(entry: Entry) -> tuple[str, str]:
+    if entry.recipe is None:
+        return "recipe", "unknown"
+    values = {key: value for key, value in dataclasses.asdict(entry.recipe).items() if key != "source"}
+    return f"recipe: {entry.recipe_name}", ", ".join(f"{key} {value}" for key, value in values.items())

@@ -154,6 +154,17 @@ def test_info() -> None:
     assert max(len(line) for line in result.stdout.splitlines()) <= 100
 
 
+def test_info_and_list_of_what_is_not_known(small_registry: dict[str, Any], tmp_path: Path) -> None:
+    small_registry["collections"]["small"] |= dict.fromkeys(["recipe", "context_size", "licence"])
+    overlay = write_registry(tmp_path / "mine.yaml", small_registry)
+    lines = saezoo("--registry", overlay, "info", "small", 0).stdout.splitlines()
+    shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    assert ["recipe", "unknown"] in shown
+    assert ["licence", "unknown"] in shown
+    assert any("rows of unknown length" in line for line in lines)
+    assert "None" not in saezoo("--registry", overlay, "list").stdout
+
+
 def test_info_json() -> None:
     one = json.loads(saezoo("info", "gpt2-small-res", "11-post", "--json").stdout)
     assert (one["name"], one["hook"]) == ("11-post", "blocks.11.hook_resid_post")

@@ -53,7 +53,7 @@ def job_of(d_sae: int, **changes: Any) -> tuple[Job, LanguageModel]:
     """Two SAEs of the bundled model, a buffer of 8,192 activations and no token more."""
     changes = {"buffer_batches": 4, "store_rows": 16} | changes
     entries = tuple(replace(entry, d_sae=d_sae) for entry in read_registry().find("tiny-res", "1,3"))
-    job = Job(entries, replace(entries[0].recipe, **changes), builtin("heldout"), 8192, 0)
+    job = Job(entries, replace(entries[0].known_recipe, **changes), builtin("heldout"), 8192, 0)
     return job, load_language_model(package_folder() / "bundled" / "tiny-lm")
 
 

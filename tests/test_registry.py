@@ -336,8 +336,8 @@ def test_the_overlay_of_the_next_tests_is_right(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(OVERLAY)
     entries = read_registry(tmp_path / "mine.yaml").collections["small"]
     assert [entry.published for entry in entries] == [{"l0": 1.5}, {"l0": None}]
-    assert entries[0].recipe.l1_coefficient == 8e-5
-    assert entries[0].recipe.ghost == "off"
+    assert entries[0].known_recipe.l1_coefficient == 8e-5
+    assert entries[0].known_recipe.ghost == "off"
 
 
 @pytest.mark.parametrize(
@@ -441,6 +441,17 @@ def test_a_replaced_model_or_recipe_is_replaced_everywhere(tmp_path: Path) -> No
     assert registry.models["gpt2-small"].repo == "owner/mirror"
     assert entry.model == registry.models["gpt2-small"]
     assert entry.recipe == registry.recipe("feb2024")
+
+
+def test_what_is_not_known_is_none(small_registry: dict[str, Any], tmp_path: Path) -> None:
+    """Of a collection that somebody published without saying how it was trained."""
+    small_registry["collections"]["small"] |= dict.fromkeys(["recipe", "context_size", "licence", "dataset"])
+    (entry,) = read_registry(write_registry(tmp_path / "mine.yaml", small_registry)).find("small", 0)
+    assert (entry.recipe_name, entry.recipe, entry.context_size, entry.licence, entry.dataset) == (None,) * 5
+    with pytest.raises(UsageError, match="the recipe of small is unknown; choose one of the registry: --recipe NAME"):
+        entry.known_recipe  # noqa: B018
+    with pytest.raises(UsageError, match=r"the context size of small 0 is unknown; set `context_size` in .*mine\.yaml"):
+        entry.known_context  # noqa: B018
 
 
 def test_an_overlay_that_is_not_there(tmp_path: Path) -> None:

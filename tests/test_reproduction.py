@@ -231,6 +231,32 @@ def test_saes_that_do_not_fit_the_model(
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("unknown", "message"),
+    [
+        ({"recipe": None}, "the recipe of small is unknown; choose one of the registry: --recipe NAME"),
+        ({"context_size": None}, "the context size of small 0 is unknown; set `context_size` in "),
+    ],
+)
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+def test_what_a_training_must_know(
+    tiny_model_folder: Path, tmp_path: Path, unknown: dict[str, None], message: str, plan: list[str]
+) -> None:
+    overlay = other_collection(tmp_path, tiny_model_folder, **unknown)
+    assert refused(reproduce(overlay, tmp_path / "run", *plan), 2).startswith(f"Error: {message}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_recipe_can_be_chosen_and_then_a_text_is_needed(tiny_model_folder: Path, tmp_path: Path) -> None:
+    overlay = other_collection(tmp_path, tiny_model_folder, recipe=None)
+    command = ["--registry", overlay, "reproduce", "small", "all", "--out", tmp_path / "run", "--recipe", "short"]
+    message = "Error: what small was trained on is unknown; give --text or --dataset"
+    assert refused(saezoo(*command), 2) == message
+    result = reproduce(overlay, tmp_path / "run", "--recipe", "short")
+    assert result.exit_code == 0, result.output
+    assert read_registry(tmp_path / "run" / "registry.yaml").find("small-rerun")[0].recipe_name == "short-rerun"
+
+
 def test_a_run_needs_enough_text(overlay: Path, tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_text("too few")
     result = reproduce(overlay, tmp_path / "run", "--text", tmp_path / "few.txt")

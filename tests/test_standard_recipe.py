@@ -124,6 +124,6 @@ def test_a_whole_run(tiny_model_folder: Path, tmp_path: Path) -> None:
     assert losses[-1] < 0.7 * losses[0]
     sae = load("small-rerun", 1, registry=run / "registry.yaml")
     assert float((sae.W_dec.norm(dim=1) - 1).abs().max()) > 0.1
-    assert read_registry(run / "registry.yaml").find("small-rerun", 1)[0].recipe.loss == "standard"
+    assert read_registry(run / "registry.yaml").find("small-rerun", 1)[0].known_recipe.loss == "standard"
     with (run / "eval.csv").open(newline="") as file:
         assert all(float(row["explained_variance"]) > 0.5 for row in csv.DictReader(file))

@@ -80,7 +80,7 @@ def test_in_a_pipe(tiny_model_folder: Path, tmp_path: Path) -> None:
 def trained(model_folder: Path, folder: Path, on_step: Callable[[Progress], None], **changes: Any) -> None:
     """1,000 tokens of a small run, with a checkpoint before each refill of the buffer."""
     entries = tuple(read_registry(write_overlay(folder, model_folder, **changes)).find("small", "all"))
-    job = Job(entries, entries[0].recipe, text_file(write_text(folder)), 1000, 0)
+    job = Job(entries, entries[0].known_recipe, text_file(write_text(folder)), 1000, 0)
     often = Schedule(share=1e9, shortest=0.0)
     train(job, load_language_model(model_folder), folder / "run", schedule=often, hooks=Hooks(on_step))
 

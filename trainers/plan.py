@@ -62,7 +62,7 @@ def make_plan(
     mine = ranks.entries(entries)
     first, steps = entries[0], -(-tokens // recipe.batch_size)
     call = _seconds(lambda: _model_call(entries, recipe, lm))
-    lm_seconds = call * tokens / (recipe.store_rows * first.context_size) / ranks.size
+    lm_seconds = call * tokens / (recipe.store_rows * first.known_context) / ranks.size
     dense_steps = min(steps, _DENSE_STEPS + max(recipe.lr_warmup_steps, recipe.l1_warmup_steps))
     dense = sum(_seconds(_step(entry, recipe, lm, "dense", None, ranks)) for entry in mine[:1]) * len(mine)
     sparse = sum(_seconds(_step(entry, recipe, lm, product, _density(entry), ranks)) for entry in mine)
@@ -84,7 +84,7 @@ def flops_per_token(entries: Sequence[Entry], lm: LanguageModel) -> float:
     """Of the exact sparse step and the language model's blocks that it needs."""
     first = entries[0]
     deepest = max(depth_of(entry.hook, lm.n_layers) for entry in entries)
-    block = 24 * lm.d_model**2 + 2 * first.context_size * lm.d_model  # 12 D^2 weights; causal attention
+    block = 24 * lm.d_model**2 + 2 * first.known_context * lm.d_model  # 12 D^2 weights; causal attention
     return sum(2 * entry.d_in * entry.d_sae for entry in entries) + deepest * block
 
 
@@ -107,7 +107,7 @@ def _density(entry: Entry) -> float:
 
 
 def _model_call(entries: Sequence[Entry], recipe: Recipe, lm: LanguageModel) -> None:
-    tokens_RT = torch.randint(lm.vocab, (recipe.store_rows, entries[0].context_size), device=lm.device)
+    tokens_RT = torch.randint(lm.vocab, (recipe.store_rows, entries[0].known_context), device=lm.device)
     residuals(lm, tokens_RT, [depth_of(entry.hook, lm.n_layers) for entry in entries], centre=True)
 
 
@@ -152,10 +152,10 @@ def _half_buffer(n_entries: int, recipe: Recipe, lm: LanguageModel, context: int
 def _memory(mine: Sequence[Entry], recipe: Recipe, lm: LanguageModel, ranks: Ranks) -> int:
     first = mine[0]
     model: int = sum(parameter.numel() * parameter.element_size() for parameter in lm.hf_model.parameters())
-    buffer = 5 * _half_buffer(len(mine), recipe, lm, first.context_size)  # two of them mixed, their mix, and one kept
+    buffer = 5 * _half_buffer(len(mine), recipe, lm, first.known_context)  # two of them mixed, their mix, and one kept
     # A block of the model holds about four tensors as wide as its hidden layer, 4 D.
     calls = CALLS_AT_ONCE if lm.device.type == "cuda" else 1
-    forward = 4 * calls * recipe.store_rows * first.context_size * 4 * lm.d_model * lm.dtype.itemsize
+    forward = 4 * calls * recipe.store_rows * first.known_context * 4 * lm.d_model * lm.dtype.itemsize
     shared = ranks.size if ranks.shares_features else 1
     states = (12 * _weights(mine) + 4 * _weights(mine[:1])) // shared  # weights and two moments; one SAE's gradient
     dense = 2 * 4 * recipe.batch_size * first.d_sae // shared
@@ -163,4 +163,4 @@ def _memory(mine: Sequence[Entry], recipe: Recipe, lm: LanguageModel, ranks: Ran
 
 
 def _checkpoint(entries: Sequence[Entry], recipe: Recipe, lm: LanguageModel) -> int:
-    return 12 * _weights(entries) + 2 * _half_buffer(len(entries), recipe, lm, entries[0].context_size)
+    return 12 * _weights(entries) + 2 * _half_buffer(len(entries), recipe, lm, entries[0].known_context)

@@ -47,7 +47,7 @@ class Job:
 
     def check(self) -> None:
         """Raise UsageError if the budget of tokens does not fill the shuffle buffer once."""
-        buffered = self.recipe.buffer_batches * self.recipe.store_rows * self.entries[0].context_size
+        buffered = self.recipe.buffer_batches * self.recipe.store_rows * self.entries[0].known_context
         if self.tokens < buffered:
             raise UsageError(
                 f"{self.tokens:,} tokens are fewer than the shuffle buffer's {buffered:,}; give at least as many,"
@@ -64,7 +64,7 @@ class Job:
             "layers": ",".join(entry.name for entry in self.entries),
             "model": first.model_name,
             "d_sae": first.d_sae,
-            "context_size": first.context_size,
+            "context_size": first.known_context,
             "centre": first.centre,
             "text": self.source.name,
             "tokens": self.tokens,
@@ -199,7 +199,7 @@ def _set_up(
             job.source.name,
             recipe,
             bos=lm.bos,
-            context=first.context_size,
+            context=first.known_context,
             start=cursor,
             note=hooks.note,
         ),
@@ -219,7 +219,7 @@ def _set_up(
     )
     mine = ranks.entries(job.entries)
     if saved is None:
-        size = recipe.buffer_batches * recipe.store_rows * first.context_size
+        size = recipe.buffer_batches * recipe.store_rows * first.known_context
         hooks.note(f"filling the shuffle buffer with {size:,} activations")
         buffer.fill()
         starts = [_b_dec(recipe, _layer(buffer.storage, i)) for i in range(len(mine))]
