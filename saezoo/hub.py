@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from saezoo import files
 from saezoo.entries import Entry, FileFacts, Layout, Model
@@ -83,6 +84,26 @@ def fetch_named_model(name: str, *, offline: bool = False) -> Path:
         path = _locate(name, None, None, file, offline=offline)
         verify(path, _UNKNOWN)
     return path.parent
+
+
+def fetch_sae_folder(repo: str, subfolder: str, revision: str | None, **client: Any) -> Path:
+    """Folder with the verified files of the SAE in `subfolder` of a hub repository, in the published layout.
+
+    `client`: other arguments of hf_hub_download. Raises DownloadError.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    def get(name: str) -> Path:
+        path = Path(hf_hub_download(repo, name, subfolder=subfolder or None, revision=revision, **client))
+        verify(path, _UNKNOWN)
+        return path
+
+    with _explained(repo, revision, f"{subfolder}/cfg.json" if subfolder else "cfg.json"):
+        folder = get("cfg.json").parent
+        get("sae_weights.safetensors")
+        with contextlib.suppress(errors.EntryNotFoundError):  # not every SAE has one
+            get("sparsity.safetensors")
+    return folder
 
 
 def verify(path: Path, facts: FileFacts) -> str:

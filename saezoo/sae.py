@@ -11,15 +11,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from saezoo import files
+from saezoo import files, hub
 from saezoo.errors import SaezooError, UsageError, WeightsError
 from saezoo.weights import NAMES, Weights, read_legacy, read_saelens
 
 _T = TypeVar("_T")
+_CARD = """---
+{{ card_data }}
+---
+
+A sparse autoencoder in the layout of SAELens: cfg.json and sae_weights.safetensors.
+`saezoo.SAE.from_pretrained` reads it.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class SAEConfig:
     """True: b_dec is subtracted from the input as well as added to the output."""
 
 
-class SAE(nn.Module):
+class SAE(nn.Module, ModelHubMixin, library_name="saelens", tags=["sparse-autoencoder"], model_card_template=_CARD):
     """ReLU sparse autoencoder: f = ReLU((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec.
 
     Parameters W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D]. With `config.centre`, inputs may come from
@@ -110,6 +118,26 @@ class SAE(nn.Module):
         with files.replacing(folder / "cfg.json") as path:
             path.write_text(json.dumps(_saelens_config(self.config, dtype), indent=2) + "\n", encoding="utf-8")
         return folder
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self._hub_mixin_config = self.config  # for the hub's own config.json: as it is now, not as it was made
+        self.save(save_directory, dtype=self.W_enc.dtype)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        config: object = None,  # config.json's, which is for the hub alone; cfg.json says more
+        subfolder: str = "",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **client: Any,
+    ) -> SAE:
+        local = Path(model_id)
+        folder = local / subfolder if local.is_dir() else hub.fetch_sae_folder(model_id, subfolder, revision, **client)
+        return from_weights(read_folder(folder), str(folder), device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"d_in={self.config.d_in}, d_sae={self.config.d_sae}, hook={self.config.hook}"

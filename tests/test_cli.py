@@ -35,6 +35,8 @@ OPTIONS = {
     "compare": "--tokens --threshold --model --dtype --csv --json --text --dataset --device --seed --offline",
     "reproduce": "--tokens --out --recipe --resume --plan --eval-tokens --product --model-dtype --share --tensorboard"
     " --wandb --text --dataset --device --seed --offline",
+    "push": "--repo --private --yes --dry-run --mirror",
+    "add": "--name --model --licence",
 }
 ABOUT = "collection layer hook model protocol text context rows tokens documents seed device dtype"
 VERSIONS = "torch_version transformers_version saezoo_version python_version"
@@ -118,7 +120,7 @@ def test_every_option_is_meant(name: str) -> None:
 def test_help_names_every_command() -> None:
     result = saezoo("--help")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert list(OPTIONS)[1:] == ["list", "info", "get", "eval", "verify", "compare", "reproduce"]
+    assert list(OPTIONS)[1:] == ["list", "info", "get", "eval", "verify", "compare", "reproduce", "push", "add"]
     assert set(re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)) == set(OPTIONS) - {"saezoo"}
     assert saezoo("-h").stdout == result.stdout
 
@@ -176,7 +178,7 @@ def test_info_json() -> None:
     ("arguments", "message"),
     [
         (["lst"], "no command `lst`; did you mean `list`?"),
-        (["zzzz"], "no command `zzzz`; commands: list, info, get, eval, verify, compare, reproduce"),
+        (["zzzz"], "no command `zzzz`; commands: list, info, get, eval, verify, compare, reproduce, push"),
         (["--registry", "absent.yaml", "list"], "no registry file absent.yaml"),
         (["info", "gpt2-smal-res", "0"], "no collection `gpt2-smal-res`; did you mean `gpt2-small-res`?"),
         (["info", "gpt2-small-res"], "Missing argument 'LAYER'."),
