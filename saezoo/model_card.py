@@ -28,6 +28,10 @@ _LICENCES = {
 }
 """Names that the hub knows (huggingface.co/docs/hub/repositories-licenses); others go into `license_name`."""
 
+_INTERVALS = (
+    "Intervals are over documents: what another sample of text of the same kind and size would give for the same SAE."
+)
+
 
 @dataclass(frozen=True)
 class CardSAE:
@@ -125,7 +129,7 @@ def _measured(saes: Sequence[CardSAE]) -> list[str]:
     """A table for each SAE, with the sample that its numbers come from."""
     parts = []
     for sae in saes:
-        parts.append(f"### {escaped(sae.name)}")
+        parts.append(f"### SAE {escaped(sae.name)}")
         if sae.row is None:
             parts.append(f"{UNKNOWN.capitalize()}.")
             continue
@@ -134,12 +138,12 @@ def _measured(saes: Sequence[CardSAE]) -> list[str]:
         rows = [(label, *_value(sae.row, metric)) for metric, label in METRICS.items()]
         parts.append(f"Protocol {about['protocol']}: {sample}, seed {escaped(sae.row.get('seed') or 'unknown')}.")
         parts.append(_table(("metric", "value", "95 % interval"), rows))
-    if any(sae.row is not None for sae in saes):
-        parts.append(
-            "Intervals are over documents: what another sample of text of the same kind and size would give for the"
-            " same SAE. All metrics are in `eval.csv`."
-        )
-    return parts
+    rows_found = [sae.row for sae in saes if sae.row is not None]
+    if any(value for row in rows_found for key, value in row.items() if key.endswith("_lo")):
+        parts.append(_INTERVALS)
+    elif rows_found:
+        parts.append("There are no intervals: the text holds too few documents for them.")
+    return [*parts, "All metrics are in `eval.csv`."] if rows_found else parts
 
 
 def _value(row: Mapping[str, str], metric: str) -> tuple[str, str]:
@@ -159,8 +163,8 @@ def _value(row: Mapping[str, str], metric: str) -> tuple[str, str]:
 def _loading(card: Card) -> list[str]:
     first = card.saes[0]
     reads = (
-        "`x` are activations of the model at the hook. saezoo takes the mean over d_in off them itself; SAELens wants"
-        " them without it, as TransformerLens' default, `center_writing_weights=True`, gives them."
+        "`x` are activations of the model at the hook. saezoo takes the mean over d_in off them and puts it back;"
+        " SAELens wants them without it, as TransformerLens' default, `center_writing_weights=True`, gives them."
         if first.config.centre
         else "`x` are activations of the model at the hook, as they are."
     )

@@ -51,9 +51,10 @@ class Record:
             sae | {"files": {layout_name: found}} for sae, found in zip(self.collection["saes"], facts, strict=True)
         ]
         collection = {
-            **self.collection,
+            **{key: value for key, value in self.collection.items() if key not in ("published", "saes")},
             "recipe": None if self.recipe is None else self.name,
             "layouts": {layout_name: {**self.layout, **place}},
+            "published": self.collection["published"],
             "saes": saes,
         }
         content: dict[str, Any] = {

@@ -49,7 +49,13 @@ class SAEConfig:
     """True: b_dec is subtracted from the input as well as added to the output."""
 
 
-class SAE(nn.Module, ModelHubMixin, library_name="saelens", tags=["sparse-autoencoder"], model_card_template=_CARD):
+class SAE(  # type: ignore[call-arg]  # mypy does not see the client's types
+    nn.Module,
+    ModelHubMixin,  # type: ignore[misc]
+    library_name="saelens",
+    tags=["sparse-autoencoder"],
+    model_card_template=_CARD,
+):
     """ReLU sparse autoencoder: f = ReLU((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec.
 
     Parameters W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D]. With `config.centre`, inputs may come from
