@@ -35,6 +35,10 @@ class UploadServer(HubServer):
         self.broken_uploads = 0
         """So many PUTs of large files are answered with 500."""
 
+    def __enter__(self) -> UploadServer:
+        super().__enter__()
+        return self
+
     def create(self, repo: str, private: bool) -> None:
         """An empty repository."""
         self.repositories[repo] = []

@@ -118,6 +118,26 @@ def test_every_other_line_of_the_file_stays(run: Path, sae: Path, mine: Path) ->
     assert list(yaml.safe_load(mine.read_text())["models"]) == ["tiny"]
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        "'quoted'   # why",
+        "|\n      of\n\n      lines\n",
+        ">-\n      folded\n      lines",
+        "plain\n      goes on",
+        "'quoted\n\n      goes on'",
+        "x\n    # further in\n  # further out\n\n",
+    ],
+)
+def test_whatever_the_section_ends_with(sae: Path, mine: Path, last: str) -> None:
+    mine.write_text(mine.read_text().replace("# nothing below is mine", f"    you: {last}\n# nothing below is mine"))
+    before, lines = yaml.safe_load(mine.read_text()), mine.read_text().splitlines()
+    assert saezoo("--registry", mine, "add", sae, "--name", "one").exit_code == 0
+    after, rest = yaml.safe_load(mine.read_text()), iter(mine.read_text().splitlines())
+    assert after["sources"] == before["sources"] | {"one": "the SAE's own configuration, cfg.json"}
+    assert all(line in rest for line in lines)
+
+
 def test_line_ends_of_windows_stay(sae: Path, mine: Path) -> None:
     mine.write_bytes(mine.read_bytes().replace(b"\n", b"\r\n"))
     assert saezoo("--registry", mine, "add", sae, "--name", "one").exit_code == 0

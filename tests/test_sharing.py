@@ -213,7 +213,13 @@ def one(folder: Path, **changes: Any) -> Path:
     generator = torch.Generator().manual_seed(0)
     sizes = {"W_enc": (256, 32), "b_enc": (32,), "W_dec": (32, 256), "b_dec": (256,)}
     tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    config = {"hook": HOOKS[1], "model_name": "tiny-lm", "context_size": 128, "prepend_bos": True, "centre": True}
+    config: dict[str, Any] = {
+        "hook": HOOKS[1],
+        "model_name": "tiny-lm",
+        "context_size": 128,
+        "prepend_bos": True,
+        "centre": True,
+    }
     config |= {"apply_b_dec_to_input": True} | changes
     return SAE(SAEConfig(256, 32, **config), tensors).save(folder / "one")
 
@@ -422,7 +428,7 @@ def test_on_a_terminal_it_asks(run: Path, server: UploadServer, tmp_path: Path, 
 
 
 def test_the_mixin_writes_the_published_layout(tmp_path: Path) -> None:
-    sae = load(one(tmp_path))
+    sae: Any = load(one(tmp_path))  # mypy does not see the mixin
     sae.save_pretrained(tmp_path / "saved")
     names = {path.name for path in (tmp_path / "saved").iterdir()}
     assert names == {"cfg.json", "sae_weights.safetensors", "config.json", "README.md"}
@@ -437,7 +443,7 @@ def test_the_mixin_s_config_is_that_of_now(tmp_path: Path) -> None:
     """Also if the configuration was replaced after the SAE was made; and cfg.json is what is read."""
     import dataclasses
 
-    sae = load(one(tmp_path))
+    sae: Any = load(one(tmp_path))  # mypy does not see the mixin
     sae.config = dataclasses.replace(sae.config, hook=HOOKS[0])
     sae.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["hook"] == HOOKS[0]
@@ -445,7 +451,7 @@ def test_the_mixin_s_config_is_that_of_now(tmp_path: Path) -> None:
 
 
 def test_the_mixin_pushes_and_reads(server: UploadServer, tmp_path: Path) -> None:
-    sae = load(one(tmp_path))
+    sae: Any = load(one(tmp_path))  # mypy does not see the mixin
     sae.push_to_hub("me/mixed")
     assert set(server.files("me/mixed")) == {"cfg.json", "sae_weights.safetensors", "config.json", "README.md"}
     again = SAE.from_pretrained("me/mixed", dtype=torch.float64)
