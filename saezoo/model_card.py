@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from saezoo.report import METRICS, digits
 from saezoo.results import UNDEFINED
@@ -81,7 +80,7 @@ def render(card: Card) -> str:
         *_loading(card),
         "## Recipe",
         _recipe(card),
-        *(f"![{escaped(name.removesuffix('.png'))}]({quote(name)})" for name in card.pictures),
+        *(f"![{name.removesuffix('.png')}]({name})" for name in card.pictures),
         "## Not known",
         "\n".join(f"- {line}" for line in _not_known(card)),
     ]

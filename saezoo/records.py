@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +45,10 @@ class Record:
     def content(self, layout_name: str, **place: str) -> dict[str, Any]:
         """A registry file with this collection; its files lie at `place`: `folder`, or `repo` and `revision`.
 
-        Reads the files for their hashes. Every name but the models' is the collection's own.
+        Every name but the models' is the collection's own.
         """
-        facts = [{role: _facts(path) for role, path in roles.items()} for roles in self.files]
-        saes = [
-            sae | {"files": {layout_name: found}} for sae, found in zip(self.collection["saes"], facts, strict=True)
-        ]
+        pairs = zip(self.collection["saes"], self._facts, strict=True)
+        saes = [sae | {"files": {layout_name: found}} for sae, found in pairs]
         collection = {
             **{key: value for key, value in self.collection.items() if key not in ("published", "saes")},
             "recipe": None if self.recipe is None else self.name,
@@ -66,6 +65,14 @@ class Record:
         }
         cited: dict[str, Any] = _citing(content, self.name)
         return {key: value for key, value in cited.items() if value}
+
+    @functools.cached_property
+    def _facts(self) -> list[dict[str, dict[str, Any]]]:
+        """Role -> size and hash of the file, for each SAE; read once."""
+        return [
+            {role: {"sha256": files.sha256(path), "bytes": path.stat().st_size} for role, path in roles.items()}
+            for roles in self.files
+        ]
 
 
 def read_record(path: Path, known: Registry, *, name: str | None, model: str | None, licence: str | None) -> Record:
@@ -214,10 +221,6 @@ def _files_of(path: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         names["sparsity"] = sparsity
     layout: dict[str, Any] = {"format": kind, **dict.fromkeys(("weights", "config", "sparsity")), **names, "source": []}
     return {role: folder / name for role, name in names.items()}, layout
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    return {"sha256": files.sha256(path), "bytes": path.stat().st_size}
 
 
 def _citing(value: Any, name: str) -> Any:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _SAE_FILES = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
-_RUN_FILES = ("eval.csv", "run.json", "log.csv")
+_PICTURES = ("training.png", "density.png", "published.png")
+_RUN_FILES = ("eval.csv", "run.json", "log.csv", *_PICTURES)
 _LATE = ("README.md", "registry.yaml")
 """Files that name the commit of the others, and so are uploaded after them."""
 
@@ -49,7 +50,7 @@ class Parcel:
         write_text(folder / "README.md", render(dataclasses.replace(self.card, revision=revision)))
         if self.record is None:
             return {"README.md": folder / "README.md"}
-        head = f"# saezoo --registry THIS_FILE list; the files lie at https://huggingface.co/{self.repo}\n"
+        head = f"# Use it: saezoo --registry THIS_FILE list. The files lie on the hub in {self.repo}.\n"
         content = self.record.content("hub", repo=self.repo, revision=revision or "0" * 40)
         for name, model in content.get("models", {}).items():
             if model["repo"] is None:  # a folder of ours is nothing to others
@@ -131,8 +132,6 @@ def _run(path: Path, repo: str) -> Parcel:
     sae_files = [file for roles in record.files for file in roles.values()]
     content = {file.relative_to(path).as_posix(): file for file in sae_files}
     content |= {name: path / name for name in _RUN_FILES if (path / name).is_file()}
-    pictures = sorted(path.glob("*.png"))
-    content |= {picture.name: picture for picture in pictures}
     rows = _rows(path / "eval.csv")
     run = _json(path / "run.json")
     known = read_registry(path / "registry.yaml")
@@ -148,7 +147,7 @@ def _run(path: Path, repo: str) -> Parcel:
         card,
         datasets=(dataset.repo,) if dataset is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset.repo) else (),
         run=run,
-        pictures=tuple(picture.name for picture in pictures),
+        pictures=tuple(name for name in _PICTURES if name in content),
     )
     return Parcel(repo, content, card, record)
 

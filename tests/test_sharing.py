@@ -26,6 +26,8 @@ from torch import Tensor
 import saezoo as package
 from saezoo import SAE, SAEConfig, hub, load
 from saezoo.cli import main
+from saezoo.model_card import render
+from saezoo.sharing import pack
 
 # The client's own upload of large files, as of huggingface_hub 2.4.0.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
@@ -100,7 +102,8 @@ def run_snippet(code: str, **names: Any) -> dict[str, Any]:
 
 def test_everything_goes_up_in_two_commits(run: Path, server: UploadServer) -> None:
     """The second names the first. Not the report, and what is not of the run."""
-    (run / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "mine.png"):
+        (run / name).write_text("mine")
     result = saezoo("push", run, "--repo", "me/saes")
     assert (result.exit_code, result.stdout) == (0, f"{server.url}/me/saes\n"), result.output
     assert server.repositories["me/saes"] == ["saezoo: small-rerun", "saezoo: card of small-rerun"]
@@ -168,15 +171,38 @@ def test_a_run_without_its_evaluation_is_not_measured(run: Path, server: UploadS
     assert "L0" not in card
 
 
-def test_an_empty_cell_is_not_measured(run: Path, server: UploadServer) -> None:
-    lines = (run / "eval.csv").read_text().splitlines()
-    place = lines[0].split(",").index("l0")
-    cells = lines[1].split(",")
-    cells[place] = ""
-    cells[place + 1] = cells[place + 2] = ""
-    (run / "eval.csv").write_text("\n".join([lines[0], ",".join(cells), lines[2]]) + "\n")
-    assert saezoo("push", run, "--repo", "me/saes").exit_code == 0
-    assert "| L0 (features/token) | not measured |  |" in card_of(server)
+@pytest.mark.parametrize(
+    ("cells", "shown"),
+    [
+        (("", "", ""), "not measured |  |"),
+        (("undefined", "", ""), "undefined on this text |  |"),
+        (("7.1234567", "", ""), "7.12346 | unknown |"),
+        (("7.1234567", "6.9", "7.31"), "7.12 | 6.90 to 7.31 |"),
+        (("1234.5", "1200.1", "1300.2"), "1234 | 1200 to 1300 |"),
+    ],
+)
+def test_a_cell_of_the_evaluation(run: Path, tmp_path: Path, cells: tuple[str, ...], shown: str) -> None:
+    """An empty one is no number."""
+    with (run / "eval.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[0] |= dict(zip(("l0", "l0_lo", "l0_hi"), cells, strict=True))
+    with (run / "eval.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert f"| L0 (features/token) | {shown}" in render(pack(run, "me/saes").card)
+
+
+def test_model_and_data_set_on_the_hub_are_in_the_front_matter(run: Path) -> None:
+    overlay, facts = run / "registry.yaml", run / "run.json"
+    content = yaml.safe_load(overlay.read_text())
+    content["models"]["tiny"] |= {"folder": None, "repo": "owner/model", "revision": "a" * 40}
+    overlay.write_text(yaml.safe_dump(content))
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"text": "dataset:openwebtext"}))
+    parcel = pack(run, "me/saes")
+    front = yaml.safe_load(render(parcel.card).split("---\n")[1])
+    assert (front["base_model"], front["datasets"]) == ("owner/model", ["Skylion007/openwebtext"])
+    assert "Where to get the model" not in render(parcel.card)
 
 
 @pytest.mark.parametrize("centre", [True, False])
