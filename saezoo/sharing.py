@@ -108,7 +108,8 @@ def push(
         if there is None:
             api.create_repo(parcel.repo, private=private, exist_ok=True)
         if revision is None:
-            note(f"uploading {len(new)} files, {sum(path.stat().st_size for path in new.values()):,} bytes")
+            if new:
+                note(f"uploading {len(new)} files, {sum(path.stat().st_size for path in new.values()):,} bytes")
             revision = _commit(api, parcel.repo, parcel.files, f"saezoo: {parcel.card.collection}")
         _commit(api, parcel.repo, parcel.late(revision), f"saezoo: card of {parcel.card.collection}")
     return f"{api.endpoint}/{parcel.repo}"
@@ -277,11 +278,13 @@ def _explained(repo: str, endpoint: str) -> Iterator[None]:
         raise UploadError("HF_HUB_OFFLINE is set; unset it to upload, or look first: --dry-run") from None
     except errors.HTTPError as error:  # the client library's own: no network, connection lost
         raise UploadError(f"the hub at {endpoint} cannot be reached ({_first_line(error)})") from None
+    except OSError as error:  # Xet's; a hub without it needs the older way
+        hint = "the same command again goes on; for a hub without Xet set HF_HUB_DISABLE_XET=1"
+        raise UploadError(f"the upload to {repo} failed ({_first_line(error)}); {hint}") from None
     except (RuntimeError, ValueError) as error:  # of one file, and of what the hub thinks of the card
         cause = f": {_first_line(error.__cause__)}" if error.__cause__ else ""
-        raise UploadError(
-            f"the upload to {repo} failed ({_first_line(error)}{cause}); the same command again goes on"
-        ) from None
+        why = f"{_first_line(error)}{cause}"
+        raise UploadError(f"the upload to {repo} failed ({why}); the same command again goes on") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,7 +33,9 @@ class UploadServer(HubServer):
         self.repositories: dict[str, list[str]] = {}
         """Repository -> its commits' messages."""
         self.broken_uploads = 0
-        """So many PUTs of large files are answered with 500."""
+        """So many PUTs of large files are answered with an error."""
+        self.refused: str | None = None
+        """The end of a path: POSTs to it are answered with an error."""
 
     def __enter__(self) -> UploadServer:
         super().__enter__()
@@ -84,6 +86,8 @@ class _UploadHandler(_Handler):
 
     def do_POST(self) -> None:
         body = self._read()
+        if self.hub.refused is not None and self.path.endswith(self.hub.refused):
+            return self._tell({"error": "not today", "errors": [{"message": "not today"}]}, 400)
         if self.path.startswith("/api/validate-yaml"):
             return self._validate(json.loads(body)["content"])
         if not self._may_write():

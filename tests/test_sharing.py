@@ -401,6 +401,42 @@ def test_an_upload_that_breaks_off_leaves_no_commit(run: Path, server: UploadSer
     assert set(server.files("me/saes")) == DATA | LATE
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/api/repos/create", "the hub refused the upload to me/saes ("),
+        ("/commit/main", "the hub refused the upload to me/saes ("),
+        ("/api/validate-yaml", "the upload to me/saes failed (Invalid metadata in README.md."),
+    ],
+)
+def test_what_the_hub_refuses(run: Path, server: UploadServer, path: str, message: str) -> None:
+    server.refused = path
+    told = refused(saezoo("push", run, "--repo", "me/saes"), 1)
+    assert told.startswith(message)
+    server.refused = None
+    assert saezoo("push", run, "--repo", "me/saes").exit_code == 0
+    assert set(server.files("me/saes")) == DATA | LATE
+
+
+def test_offline(run: Path, server: UploadServer, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "saezoo", "push", str(run), "--repo", "me/saes"]
+    offline = environment(server, tmp_path) | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=offline, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "Error: HF_HUB_OFFLINE is set; unset it to upload, or look first: --dry-run\n"
+    assert server.requests == []
+
+
+def test_a_hub_without_xet(run: Path, server: UploadServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client takes Xet where hf_xet is installed, whatever the hub can."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    told = refused(saezoo("push", run, "--repo", "me/saes"), 1)
+    assert told.startswith("the upload to me/saes failed (")
+    assert told.endswith("; for a hub without Xet set HF_HUB_DISABLE_XET=1")
+    assert server.repositories["me/saes"] == []
+
+
 def test_folders_that_cannot_be_pushed(run: Path, server: UploadServer, tmp_path: Path) -> None:
     def told(path: Path, code: int) -> str:
         return refused(saezoo("push", path, "--repo", "me/saes"), code)
