@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from saezoo.report import METRICS, digits
 from saezoo.results import UNDEFINED
@@ -113,7 +114,7 @@ def _what(card: Card) -> str:
     if card.model_bundled:
         model += ", which saezoo brings along"
     if card.model_repo is not None:
-        model = f"[{escaped(card.model_name)}](https://huggingface.co/{card.model_repo})"
+        model = f"[{escaped(card.model_name)}](https://huggingface.co/{quote(card.model_repo)})"
     header = ("SAE", "folder", "reads", "d_in", "d_sae", "rows of training")
     rows = []
     for sae in card.saes:
@@ -167,6 +168,8 @@ def _loading(card: Card) -> list[str]:
         if first.config.centre
         else "`x` are activations of the model at the hook, as they are."
     )
+    if len(card.saes) > 1:
+        reads = f"SAE {escaped(first.name)}; the others in the same way, by their names and folders. {reads}"
     parts = ["## How to load", reads, "saezoo:", _fenced("python", saezoo_snippet(card))]
     if card.overlay:
         words = ["--registry", "registry.yaml", "eval", card.collection, "all"]

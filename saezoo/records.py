@@ -18,7 +18,6 @@ from saezoo.errors import TrainingError, UsageError, WeightsError
 from saezoo.registry import Registry, read_registry
 from saezoo.sae import SAEConfig, config_from, read_folder
 
-_NAME = r"[\w.-]+"
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -88,8 +87,8 @@ def read_record(path: Path, known: Registry, *, name: str | None, model: str | N
     Raises UsageError for what is missing or contradicts, TrainingError for a run that is not finished, WeightsError
     for files that are no SAE.
     """
-    if name is not None and not re.fullmatch(_NAME, name):
-        raise UsageError(f"collection name `{name}`: use letters, digits, `_`, `-` and `.`")
+    if name is not None:
+        _check_name(name)
     if not path.exists():
         raise UsageError(f"no file or folder {path}")
     if not is_run(path):
@@ -114,6 +113,12 @@ def is_run(path: Path) -> bool:
     )
 
 
+def _check_name(name: str) -> None:
+    """It goes into commands and into a page: no spaces, no line breaks."""
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UsageError(f"collection name {name!r}: use letters, digits, `_`, `-` and `.`")
+
+
 def _of_run(folder: Path, name: str | None, licence: str | None) -> Record:
     """From the overlay that `reproduce` left in `folder`."""
     overlay = folder / "registry.yaml"
@@ -123,6 +128,7 @@ def _of_run(folder: Path, name: str | None, licence: str | None) -> Record:
     if len(collections) != 1:
         raise UsageError(f"{overlay} holds {len(collections)} collections; a run has one")
     ((own, collection),) = collections.items()
+    _check_name(name or own)
     entries = known.collections[own]
     layout_name, layout = next(iter(collection["layouts"].items()))
     found = tuple(

@@ -221,7 +221,7 @@ def test_without_a_file_named(sae: Path, tmp_path: Path, monkeypatch: pytest.Mon
     ("change", "words", "code", "message"),
     [
         ({}, [], 2, "{sae} is one SAE, which has no name yet: --name COLLECTION"),
-        ({}, ["--name", "a b"], 2, "collection name `a b`: use letters, digits, `_`, `-` and `.`"),
+        ({}, ["--name", "a b"], 2, "collection name 'a b': use letters, digits, `_`, `-` and `.`"),
         ({}, ["--name", "tiny-res"], 2, "`tiny-res` is a built-in collection; choose another --name"),
         ({}, ["--name", "me"], 2, "{mine} has another `me` under `sources`; choose another --name"),
         ({}, ["--name", "x", "--model", "tiny-lm"], 2, "{sae} reads width 16, the model `tiny-lm` has 256"),

@@ -109,7 +109,20 @@ def test_the_page_names_every_module() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cli", "__init__", "loading", "hub", "registry", "files", "results", "report", "live"]
+    "name",
+    [
+        "cli",
+        "__init__",
+        "loading",
+        "hub",
+        "registry",
+        "files",
+        "results",
+        "report",
+        "live",
+        "cli_sharing",
+        "model_card",
+    ],
 )
 def test_torch_is_not_imported_at_the_top(name: str) -> None:
     """`import saezoo` and looking things up take milliseconds."""

@@ -285,6 +285,15 @@ def test_names_are_escaped(server: UploadServer, run: Path) -> None:
     assert (front["license"], front["license_name"]) == ("other", "mine-all")
 
 
+def test_a_name_that_no_command_could_have(server: UploadServer, run: Path) -> None:
+    overlay = run / "registry.yaml"
+    content = yaml.safe_load(overlay.read_text())
+    content["collections"]["a\n```\nb"] = content["collections"].pop("small-rerun")
+    overlay.write_text(yaml.safe_dump(content))
+    told = refused(saezoo("push", run, "--repo", "me/saes"), 2)
+    assert told == r"collection name 'a\n```\nb': use letters, digits, `_`, `-` and `.`"
+
+
 def test_the_same_again_uploads_nothing(run: Path, server: UploadServer) -> None:
     assert saezoo("push", run, "--repo", "me/saes").exit_code == 0
     result = saezoo("push", run, "--repo", "me/saes")
