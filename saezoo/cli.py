@@ -14,6 +14,7 @@ import click
 from saezoo import terminal
 from saezoo.cli_common import Group, Outputs, deliver, runtime_options
 from saezoo.cli_evals import compare_command, eval_command, verify_command
+from saezoo.cli_sharing import add_command, push_command
 from saezoo.cli_zoo import cache, convert_command, get, info, list_command
 
 
@@ -30,7 +31,7 @@ def _version() -> str:
 @click.pass_context
 def main(ctx: click.Context, registry: Path | None) -> None:
     """The zoo, the scales and the workshop for sparse autoencoders."""
-    if registry is not None and not registry.is_file():
+    if registry is not None and not registry.is_file() and ctx.invoked_subcommand != "add":
         raise click.UsageError(f"no registry file {registry}")
     ctx.obj = registry
 
@@ -115,3 +116,7 @@ def reproduce_command(
         deliver(results, Outputs())
         terminal.note(f"report: {folder / 'report.md'}; use them: saezoo --registry {folder / 'registry.yaml'} list")
         click.echo(folder)
+
+
+for _command in (push_command, add_command):
+    main.add_command(_command)

@@ -91,6 +91,21 @@ def probe(repo: str, revision: str | None, name: str, reach: Reach, view: Transf
     return exact
 
 
+def listed(repo: str, revision: str | None, reach: Reach) -> set[str]:
+    """Names of all files of the repository; offline, of those in the cache. Raises DownloadError."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if reach.offline:
+        storage = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+        ref = storage / "refs" / (revision or "main")
+        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision or ""
+        root = storage / "snapshots" / commit
+        return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} if commit else set()
+    with _explained(repo, revision, repo):
+        return set(HfApi(endpoint=reach.mirror).list_repo_files(repo, revision=revision))
+
+
 def download(file: HubFile, branch: str | None, reach: Reach, view: Transfers) -> Path:
     """Bring the file into the cache, and note the commit as that of `branch` if one is given.
 

@@ -3,6 +3,7 @@
     SaezooError              exit code 1: something outside went wrong
     ├── RegistryError        a registry file is malformed
     ├── DownloadError        a file is neither cached nor reachable, or is not the promised one
+    ├── UploadError          the hub refuses an upload, or cannot be reached
     ├── WeightsError         a file of weights is corrupt, of another shape, or of an unsupported kind
     ├── TextError            the text or data set cannot be read, or is too short
     ├── TrainingError        a run cannot start, resume or go on
@@ -25,6 +26,10 @@ class RegistryError(SaezooError):
 
 class DownloadError(SaezooError):
     """A file is neither in the cache nor reachable, or its bytes are not the promised ones."""
+
+
+class UploadError(SaezooError):
+    """The hub refuses an upload, or cannot be reached."""
 
 
 class WeightsError(SaezooError):

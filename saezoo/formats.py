@@ -12,18 +12,13 @@ from __future__ import annotations
 import dataclasses
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 from saezoo.errors import UsageError, WeightsError
 from saezoo.foreign import read_dictionary_learning, read_gemma_scope, read_openai, read_sparsify
+from saezoo.sae_config import FOLDERS
 from saezoo.weights import Weights, checked, read_legacy, read_saelens, read_sparsity, torch_load
 
-# File of weights -> the file that describes it, for formats that are folders.
-_FOLDERS = {
-    "sae_weights.safetensors": "cfg.json",
-    "sae.safetensors": "cfg.json",
-    "ae.pt": "config.json",
-    "params.npz": None,
-}
 _NAMES = {
     "sae_weights.safetensors": "saelens",
     "sae.safetensors": "sparsify",
@@ -32,12 +27,19 @@ _NAMES = {
 }
 
 
+class Files(NamedTuple):
+    """The files of one SAE, and what they are."""
+
+    format: str
+    weights: Path
+    config: Path | None
+    sparsity: Path | None
+
+
 def read(path: Path) -> Weights:
     """The SAE at `path`, a folder or a file. Raises UsageError if there is nothing, WeightsError for what is no SAE
     or of a kind that is not supported."""
-    if not path.exists():
-        raise UsageError(f"no file or folder {path}")
-    return _read_folder(path) if path.is_dir() else _read_file(path)
+    return read_as(*files_at(path))
 
 
 def read_as(name: str, weights: Path, config: Path | None, sparsity: Path | None) -> Weights:
@@ -59,40 +61,42 @@ def read_as(name: str, weights: Path, config: Path | None, sparsity: Path | None
     return dataclasses.replace(found, log_sparsity=log_sparsity)
 
 
-def _read_folder(folder: Path) -> Weights:
-    held = [name for name in _FOLDERS if (folder / name).is_file()]
+def files_at(path: Path) -> Files:
+    """The files of the SAE at `path`, told by what they hold. Raises as `read`."""
+    if not path.exists():
+        raise UsageError(f"no file or folder {path}")
+    if path.is_file():
+        return _around(path) if path.name in FOLDERS else _alone(path)
+    held = [name for name in FOLDERS if (path / name).is_file()]
     if len(held) > 1:
-        raise WeightsError(f"{folder} holds several SAEs' files: {', '.join(held)}; name one of them")
-    if not held:
-        inside = sorted(path.parent.name for name in _FOLDERS for path in folder.glob(f"*/{name}"))
-        hint = (
-            f"; there are SAEs in its folders {', '.join(inside[:5])}{' …' if len(inside) > 5 else ''}"
-            if inside
-            else ""
-        )
-        raise WeightsError(f"{folder} is not an SAE folder: it holds none of {', '.join(_FOLDERS)}{hint}")
-    return _read_named(folder / held[0])
+        raise WeightsError(f"{path} holds several SAEs' files: {', '.join(held)}; name one of them")
+    if held:
+        return _around(path / held[0])
+    inside = sorted(found.parent.name for name in FOLDERS for found in path.glob(f"*/{name}"))
+    hint = f"; there are SAEs in its folders {', '.join(inside[:5])}{' …' if len(inside) > 5 else ''}" if inside else ""
+    raise WeightsError(f"{path} is not an SAE folder: it holds none of {', '.join(FOLDERS)}{hint}")
 
 
-def _read_named(weights: Path) -> Weights:
-    described = _FOLDERS[weights.name]
+def _around(weights: Path) -> Files:
+    """Of a folder: the weights, and what lies beside them."""
+    described = FOLDERS[weights.name]
     config = None if described is None else weights.with_name(described)
     if config is not None and not config.is_file():
         raise WeightsError(f"{weights.parent} is not an SAE folder: it lacks {config.name}")
-    sparsity = weights.with_name("sparsity.safetensors")
-    return read_as(_NAMES[weights.name], weights, config, sparsity if sparsity.is_file() else None)
+    return Files(_NAMES[weights.name], weights, config, _if_there(weights.with_name("sparsity.safetensors")))
 
 
-def _read_file(path: Path) -> Weights:
-    if path.name in _FOLDERS:
-        return _read_named(path)
+def _alone(path: Path) -> Files:
     if path.suffix == ".npz" or _holds_arrays(path):
-        return read_gemma_scope(path)
+        return Files("gemma_scope", path, None, None)
     content = torch_load(path)
     if isinstance(content, dict) and "pre_bias" in content:
-        return read_openai(path)
-    sparsity = path.with_name(f"{path.stem}_log_feature_sparsity.pt")
-    return read_legacy(path, sparsity if sparsity.is_file() else None)
+        return Files("openai", path, None, None)
+    return Files("legacy", path, None, _if_there(path.with_name(f"{path.stem}_log_feature_sparsity.pt")))
+
+
+def _if_there(path: Path) -> Path | None:
+    return path if path.is_file() else None
 
 
 def _holds_arrays(path: Path) -> bool:

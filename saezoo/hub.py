@@ -19,6 +19,7 @@ from saezoo import download, files, lock
 from saezoo.download import HubFile, Reach, WrongBytes
 from saezoo.entries import Entry, FileFacts, Layout, Model
 from saezoo.errors import DownloadError, UsageError
+from saezoo.sae_config import FOLDERS
 from saezoo.transfers import Transfers
 
 UNKNOWN = FileFacts(sha256=None, bytes=None)
@@ -111,6 +112,45 @@ def fetch_named_model(name: str, *, offline: bool = False) -> Path:
     commit = path.parent.name  # of this one for all: the branch may move meanwhile
     _get([Wanted(name, commit, None, file, UNKNOWN) for file in rest], Reach(offline))
     return path.parent
+
+
+def fetch_sae(name: str, *, revision: str | None = None, offline: bool = False) -> Path:
+    """The verified files of an SAE named as `owner/repository/folder` or `owner/repository/file.pt`, of any format of
+    docs/formats.md: the folder, or the file. Without a revision it is taken at `main`, unpinned.
+
+    Raises UsageError for a name of another form, DownloadError if the hub has no SAE there.
+    """
+    if not is_hub_name(name) or ".." in name.split("/"):
+        raise UsageError(f"`{name}` is no name of an SAE on the hub: owner/repository/folder")
+    owner, repository, *rest = name.rstrip("/").split("/")
+    repo, inside, reach = f"{owner}/{repository}", "/".join(rest), Reach(offline)
+    listed = download.listed(repo, revision, reach)
+    wanted = _files_inside(inside, listed)
+    if not wanted:
+        ends = tuple(f"/{file}" for file in FOLDERS)
+        folders = sorted({file.rpartition("/")[0] for file in listed if f"/{file}".endswith(ends)} - {""})
+        hint = f"; there are SAEs in {', '.join(folders[:5])}{' …' if len(folders) > 5 else ''}" if folders else ""
+        where = "in the cache" if offline else "on the hub"
+        raise DownloadError(f"{name} {where} holds none of {', '.join(FOLDERS)}{hint}")
+    path = _get([Wanted(repo, revision, None, file, UNKNOWN) for file in wanted], reach)[0][0]
+    return path if wanted[0] == inside else path.parent
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it could be `owner/repository`, with folders and a file below it."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.:+=-]+)*/?", name) is not None
+
+
+def _files_inside(inside: str, listed: set[str]) -> list[str]:
+    """Those of `listed` that make up the SAE there: weights first."""
+    if inside in listed and inside.rpartition("/")[2] not in FOLDERS:
+        return [inside]
+    folder = inside.rpartition("/")[0] if inside in listed else inside
+    for weights, config in FOLDERS.items():
+        names = [f"{folder}/{name}".lstrip("/") for name in (weights, config, "sparsity.safetensors") if name]
+        if names[0] in listed and (inside == folder or names[0] == inside):
+            return [name for name in names if name in listed]
+    return []
 
 
 def verify(path: Path, facts: FileFacts) -> str:

@@ -31,7 +31,7 @@ def load(
 
     Args:
         name: a collection of the registry; or, without `layer`, a folder or file in any of the formats of
-            docs/formats.md, told by what it holds.
+            docs/formats.md, told by what it holds: here, or on the hub as `owner/repository/folder`.
         layer: the entry's name within the collection, such as 10 or "11-post".
         layout: which published form of a registry entry to read; the first by default.
         device: where the weights go.
@@ -50,6 +50,8 @@ def load(
     torch_dtype = named_dtype(dtype)
     if layer is None:
         path = Path(name)
+        if not path.exists() and hub.is_hub_name(str(name)):
+            path = hub.fetch_sae(str(name), offline=offline)
         if not path.exists():
             raise UsageError(f"no folder `{name}`; for a registry entry give a layer as well: load({str(name)!r}, 10)")
         return from_weights(formats.read(path), str(path), device=device, dtype=torch_dtype)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Log = dict[str, list[dict[str, float]]]
 
-_METRICS = {
+METRICS = {
     "ce_clean": "CE, model untouched (nats/token)",
     "ce_sae": "CE with SAE (nats/token)",
     "ce_delta": "ΔCE (nats/token)",
@@ -147,9 +147,9 @@ def _measurements(results: Sequence[Result]) -> list[str]:
 
 def _shown(result: Result) -> dict[str, str]:
     """Metric -> its name in words."""
-    names = [metric for metric in _METRICS if metric in result.metrics]
+    names = [metric for metric in METRICS if metric in result.metrics]
     names += [metric for metric, value in result.published.items() if value is not None]
-    return {metric: _METRICS.get(metric, metric) for metric in names}
+    return {metric: METRICS.get(metric, metric) for metric in names}
 
 
 def _compared(result: Result, metric: str) -> tuple[str, str, str]:
@@ -159,13 +159,13 @@ def _compared(result: Result, metric: str) -> tuple[str, str, str]:
     beside = "–" if published is None else f"{published:.6g}"
     if value is None or lo is None or hi is None:
         return _rounded(value), beside, "–"
-    measured = "{0:,.{3}f} [{1:,.{3}f}, {2:,.{3}f}]".format(value, lo, hi, _digits(value, lo, hi))
+    measured = "{0:,.{3}f} [{1:,.{3}f}, {2:,.{3}f}]".format(value, lo, hi, digits(value, lo, hi))
     if published is None:
         return measured, beside, "–"
     return measured, beside, "below" if published < lo else "above" if published > hi else "inside"
 
 
-def _digits(value: float, lo: float, hi: float) -> int:
+def digits(value: float, lo: float, hi: float) -> int:
     """Decimals to show: none of counts, else those that give two digits of the interval's width."""
     if value.is_integer() and (hi == lo or hi - lo >= 1):
         return 0

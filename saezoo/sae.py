@@ -10,19 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from saezoo import files
+from saezoo import files, formats, hub
 from saezoo.errors import SaezooError, UsageError
 from saezoo.sae_config import PARAMETERS, SAEConfig, config_from, to_saelens
 from saezoo.weights import Weights
 
+_CLIENT = ("cache_dir", "force_download", "token")
 _EPS = 1e-5  # of layer_norm, as in OpenAI's code and SAELens
+_CARD = """---
+{{ card_data }}
+---
+
+A sparse autoencoder in the layout of SAELens: cfg.json and sae_weights.safetensors.
+`saezoo.SAE.from_pretrained` reads it.
+"""
 
 
-class SAE(nn.Module):
+class SAE(  # type: ignore[call-arg]  # mypy does not see the client's types
+    nn.Module,
+    ModelHubMixin,  # type: ignore[misc]
+    library_name="saelens",
+    tags=["sparse-autoencoder"],
+    model_card_template=_CARD,
+):
     """Sparse autoencoder: f = activation((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec.
 
     Parameters W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D], and those that the activation needs besides. With p the
@@ -127,6 +142,31 @@ class SAE(nn.Module):
         names = PARAMETERS[self.config.activation]
         tensors = {name: getattr(self, name).detach().to("cpu", dtype) for name in names}
         return write(Path(folder), self.config, tensors, self.log_sparsity)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self._hub_mixin_config = self.config  # for the hub's own config.json: as it is now, not as it was made
+        self.save(save_directory, dtype=self.W_enc.dtype)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        config: object = None,  # config.json's, which is for the hub alone; cfg.json says more
+        subfolder: str = "",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **client: Any,
+    ) -> SAE:
+        unknown = sorted(key for key, value in client.items() if value not in (None, False) and key in _CLIENT)
+        if unknown:
+            raise UsageError(f"`{unknown[0]}` is not supported; use the environment: HF_TOKEN, HF_HUB_CACHE")
+        local = Path(model_id) / subfolder
+        offline = bool(client.get("local_files_only"))
+        name = f"{model_id}/{subfolder}".rstrip("/")
+        found = local if Path(model_id).is_dir() else hub.fetch_sae(name, revision=revision, offline=offline)
+        return from_weights(formats.read(found), str(found), device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"d_in={self.config.d_in}, d_sae={self.config.d_sae}, hook={self.config.hook}"

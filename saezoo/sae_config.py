@@ -38,6 +38,15 @@ _OWN = "saezoo"
 """Key of cfg.json under which saezoo keeps what SAELens has no word for."""
 
 
+FOLDERS: dict[str, str | None] = {
+    "sae_weights.safetensors": "cfg.json",
+    "sae.safetensors": "cfg.json",
+    "ae.pt": "config.json",
+    "params.npz": None,
+}
+"""File of weights -> the file that describes it, for formats that are folders."""
+
+
 @dataclass(frozen=True)
 class SAEConfig:
     """What an SAE must be fed. None is unknown."""
@@ -98,7 +107,7 @@ def feeding(cfg: dict[str, Any], where: str) -> dict[str, Any]:
     if context_size is not None and context_size < 1:
         raise WeightsError(f"{where}: cfg.json says `context_size: {context_size}`; it must be above 0")
     return {
-        "hook": _typed(cfg, "hook_name", str, where) or _typed(cfg, "hook_point", str, where),
+        "hook": _typed(cfg, "hook_name", str, where) or _typed(cfg, "hook_point", str, where) or None,
         "model_name": _typed(cfg, "model_name", str, where),
         "context_size": context_size,
         "prepend_bos": _typed(cfg, "prepend_bos", bool, where) is not False,

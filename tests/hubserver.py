@@ -75,6 +75,8 @@ def etag_of(path: Path) -> str:
 class HubServer(ThreadingHTTPServer):
     """The server; `url` is the endpoint, `requests` what was asked, `faults` what goes wrong next."""
 
+    request_queue_size = 128  # or a busy machine drops connections that no fault has asked to be dropped
+
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"

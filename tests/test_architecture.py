@@ -28,15 +28,17 @@ LAYERS = [
     "registry lock download",
     "hub tokens",
     "weights lm geometric_median results shards sinks checkpoint ranks codes cache",
-    "sae foreign live tables plots",
-    "formats activations report",
-    "loading",
+    "foreign live tables plots",
+    "formats",
+    "sae",
+    "loading activations report",
+    "records model_card",
     "trainers evals",
-    "hooked overlay conversion",
+    "hooked overlay conversion additions sharing",
     "workflows",
     "reproduction verification comparison terminal",
     "watching cli_common",
-    "cli_evals cli_zoo",
+    "cli_evals cli_zoo cli_sharing",
     "cli",
     "__main__ __init__",
 ]
@@ -108,7 +110,8 @@ def test_the_page_names_every_module() -> None:
     assert not [name for name in sorted(names) if f"{name}.py`" not in page]
 
 
-LIGHT = "cli cli_zoo __init__ loading hub download lock cache transfers registry files results report live"
+LIGHT = "cli cli_zoo cli_sharing model_card __init__ loading hub download lock cache transfers registry files"
+LIGHT += " results report live sae_config"
 
 
 @pytest.mark.parametrize("name", LIGHT.split())

@@ -40,6 +40,8 @@ OPTIONS = {
     "compare": "--tokens --threshold --model --dtype --csv --json --text --dataset --device --seed --offline",
     "reproduce": "--tokens --out --recipe --resume --plan --eval-tokens --product --model-dtype --share --tensorboard"
     " --wandb --text --dataset --device --seed --offline",
+    "push": "--repo --private --yes --dry-run --mirror",
+    "add": "--name --model --licence",
 }
 ABOUT = "collection layer hook model protocol text context rows tokens documents seed device dtype"
 VERSIONS = "torch_version transformers_version saezoo_version python_version"
@@ -128,7 +130,19 @@ def test_help_names_every_command() -> None:
     result = saezoo("--help")
     assert (result.exit_code, result.stderr) == (0, "")
     top = [name for name in OPTIONS if " " not in name]
-    assert top[1:] == ["list", "info", "get", "convert", "cache", "eval", "verify", "compare", "reproduce"]
+    assert top[1:] == [
+        "list",
+        "info",
+        "get",
+        "convert",
+        "cache",
+        "eval",
+        "verify",
+        "compare",
+        "reproduce",
+        "push",
+        "add",
+    ]
     assert set(re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)) == set(top) - {"saezoo"}
     assert saezoo("-h").stdout == result.stdout
 
@@ -186,7 +200,10 @@ def test_info_json() -> None:
     ("arguments", "message"),
     [
         (["lst"], "no command `lst`; did you mean `list`?"),
-        (["zzzz"], "no command `zzzz`; commands: list, info, get, convert, cache, eval, verify, compare, reproduce"),
+        (
+            ["zzzz"],
+            "no command `zzzz`; commands: list, info, get, convert, cache, eval, verify, compare, reproduce, push",
+        ),
         (["--registry", "absent.yaml", "list"], "no registry file absent.yaml"),
         (["info", "gpt2-smal-res", "0"], "no collection `gpt2-smal-res`; did you mean `gpt2-small-res`?"),
         (["info", "gpt2-small-res"], "Missing argument 'LAYER'."),
