@@ -10,7 +10,7 @@ import click
 
 from saezoo import terminal
 from saezoo.cli_common import Group, print_json
-from saezoo.errors import DownloadError
+from saezoo.errors import DownloadError, UsageError
 from saezoo.registry import read_registry
 from saezoo.transfers import size_words
 
@@ -101,17 +101,21 @@ def get(
 
 
 @click.command("convert")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(["saelens", "dictionary_learning", "sparsify"]), help="Format.")
-def convert_command(source: Path, target: Path, to: Literal["saelens", "dictionary_learning", "sparsify"]) -> None:
-    """Write the SAE at SOURCE, in any format, into the new folder TARGET.
+def convert_command(source: str, target: Path, to: Literal["saelens", "dictionary_learning", "sparsify"]) -> None:
+    """Write the SAE at SOURCE (a folder, a file, or owner/repository/folder) into the new folder TARGET.
 
     No bit of a weight changes, and converting back gives the same files' contents again.
     """
     from saezoo import conversion
+    from saezoo.loading import locate
 
-    click.echo(conversion.convert(source, target, to))
+    path = locate(source)
+    if path is None:
+        raise UsageError(f"no file or folder {source}")
+    click.echo(conversion.convert(path, target, to))
 
 
 @click.group(cls=Group)

@@ -120,7 +120,7 @@ def fetch_sae(name: str, *, revision: str | None = None, offline: bool = False) 
 
     Raises UsageError for a name of another form, DownloadError if the hub has no SAE there.
     """
-    if not is_hub_name(name) or ".." in name.split("/"):
+    if not is_hub_name(name):
         raise UsageError(f"`{name}` is no name of an SAE on the hub: owner/repository/folder")
     owner, repository, *rest = name.rstrip("/").split("/")
     repo, inside, reach = f"{owner}/{repository}", "/".join(rest), Reach(offline)
@@ -138,7 +138,8 @@ def fetch_sae(name: str, *, revision: str | None = None, offline: bool = False) 
 
 def is_hub_name(name: str) -> bool:
     """Whether it could be `owner/repository`, with folders and a file below it."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.:+=-]+)*/?", name) is not None
+    fits = re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.:+=-]+)*/?", name)
+    return fits is not None and not {".", ".."} & set(name.split("/"))
 
 
 def _files_inside(inside: str, listed: set[str]) -> list[str]:

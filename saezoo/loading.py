@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from saezoo import hub
 from saezoo.entries import Entry
-from saezoo.errors import UsageError, WeightsError
+from saezoo.errors import DownloadError, UsageError, WeightsError
 from saezoo.registry import read_registry
 
 if TYPE_CHECKING:
@@ -49,16 +49,29 @@ def load(
 
     torch_dtype = named_dtype(dtype)
     if layer is None:
-        path = Path(name)
-        if not path.exists() and hub.is_hub_name(str(name)):
-            path = hub.fetch_sae(str(name), offline=offline)
-        if not path.exists():
+        path = locate(name, offline=offline)
+        if path is None:
             raise UsageError(f"no folder `{name}`; for a registry entry give a layer as well: load({str(name)!r}, 10)")
         return from_weights(formats.read(path), str(path), device=device, dtype=torch_dtype)
     entries = read_registry(registry).find(str(name), layer)
     if len(entries) != 1:
         raise UsageError(f"`{layer}` names {len(entries)} SAEs of `{name}`; load takes one at a time")
     return load_entry(entries[0], layout=layout, device=device, dtype=torch_dtype, offline=offline)
+
+
+def locate(name: str | Path, *, offline: bool = False) -> Path | None:
+    """The folder or file called `name`: here, or fetched from the hub if it could be one of its names; else None.
+
+    Raises DownloadError if the hub has no such SAE or cannot be reached.
+    """
+    if Path(name).exists():
+        return Path(name)
+    if not hub.is_hub_name(str(name)):
+        return None
+    try:
+        return hub.fetch_sae(str(name), offline=offline)
+    except DownloadError as error:
+        raise DownloadError(f"there is no folder {name} here, and {error}") from None
 
 
 def load_entry(

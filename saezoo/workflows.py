@@ -23,7 +23,7 @@ from saezoo.evals import Subject
 from saezoo.evals import evaluate as run_evals
 from saezoo.evals.intervals import FEWEST
 from saezoo.lm import HALF, LanguageModel, depth_of, load_language_model
-from saezoo.loading import load, load_entry, named_dtype
+from saezoo.loading import load, load_entry, locate, named_dtype
 from saezoo.ranks import Ranks, join, leave
 from saezoo.registry import read_registry
 from saezoo.results import Result
@@ -169,7 +169,7 @@ def prepare(
     if entries:
         subjects = [_subject(entry, protocol, layout, options, precise) for entry in entries]
     else:
-        sae = load(name, device=options.device, dtype=precise)
+        sae = load(name, device=options.device, dtype=precise, offline=options.offline)
         subjects = [Subject(sae, str(name), _layer_name(sae.config.hook))]
     lm, model_name = _model_for(str(name), model, options, dtype, subjects[0].sae)
     source = text_source(options, default=text.builtin("heldout"))
@@ -193,9 +193,8 @@ def _entries(name: str | Path, layers: str | int | None, layout: str | None, opt
     registry = read_registry(options.registry)
     if str(name) in registry.collections:
         return registry.find(str(name), "all" if layers is None else layers)
-    path = Path(name)
-    if not path.exists():
-        if path.name != str(name):
+    if locate(name, offline=options.offline) is None:
+        if Path(name).name != str(name):
             raise UsageError(f"no folder {name}")
         return registry.find(str(name))  # says which collections there are
     if layers not in (None, "all") or layout is not None:

@@ -435,7 +435,7 @@ def other(command: list[object], **changes: object) -> list[object]:
     ("changes", "code", "message"),
     [
         ({"model": None}, 2, "reads `tiny`, which the registry does not know; give --model"),
-        ({"model": "no/such/folder"}, 2, "model `no/such/folder` is neither a folder here nor a hub id like"),
+        ({"model": "/no/such/folder"}, 2, "model `no/such/folder` is neither a folder here nor a hub id like"),
         ({"model": "owner/absent"}, 1, "owner/absent/config.json is not in the cache"),
         ({"dataset": "openwebtext"}, 2, "give --text or --dataset, not both"),
         ({"device": "cuda:99"}, 2, "device `cuda:99` cannot be used here; "),
@@ -443,7 +443,7 @@ def other(command: list[object], **changes: object) -> list[object]:
         ({"dtype": "float8_e4m3fn"}, 2, "dtype `float8_e4m3fn` is not supported; use float32, bfloat16"),
         ({"seed": 10**20}, 2, "seed"),
         ({"tokens": 31}, 2, "31"),
-        ({"folder": "no/such/folder"}, 2, "no folder no/such/folder"),
+        ({"folder": "/no/such/folder"}, 2, "no folder /no/such/folder"),
     ],
 )
 def test_bad_options_of_eval(command: list[object], changes: dict[str, object], code: int, message: str) -> None:
