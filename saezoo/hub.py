@@ -117,10 +117,10 @@ def _locate(repo: str | None, revision: str | None, folder: str | None, name: st
         return path
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(repo, name, revision=revision)
-    if isinstance(cached, str) and (revision is not None or offline):
-        return Path(cached)
     with _explained(repo, revision, name):
+        cached = try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(cached, str) and (revision is not None or offline):
+            return Path(cached)
         if offline:
             return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
         if not isinstance(cached, str):
@@ -137,6 +137,8 @@ def _explained(repo: str, revision: str | None, name: str) -> Iterator[None]:
     what = f"{repo}/{name}" + (f" at {revision[:8]}" if revision else "")
     try:
         yield
+    except errors.HFValidationError as error:
+        raise UsageError(f"`{repo}` is no hub id: {_first_line(error)}") from None
     except errors.GatedRepoError:
         raise DownloadError(f"{repo} is gated: accept its terms on its hub page, then `hf auth login`") from None
     except errors.RepositoryNotFoundError:

@@ -6,6 +6,7 @@ Shapes: B any leading dimensions (batch, or batch and position), D d_in, F d_sae
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from saezoo import files
-from saezoo.errors import SaezooError, UsageError, WeightsError
+from saezoo.errors import SaezooError, UsageError, WeightsError, shown
 from saezoo.weights import NAMES, Weights, read_legacy, read_saelens
 
 _T = TypeVar("_T")
+_LONGEST_NAME = 200  # of a hook or model; they go into tables and CSVs
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def config_from(cfg: dict[str, Any], where: str, d_in: int, d_sae: int) -> SAECo
     cfg = {**cfg, **metadata}
     for key, known in (("d_in", d_in), ("d_sae", d_sae)):
         if cfg.get(key, known) != known:
-            raise WeightsError(f"{where}: cfg.json says {key} {cfg[key]}, the tensors say {known}")
+            raise WeightsError(f"{where}: cfg.json says {key} {shown(cfg[key])}, the tensors say {known}")
     plain = {
         "architecture": (None, "standard"),
         "activation_fn": (None, "relu"),
@@ -159,7 +161,7 @@ def config_from(cfg: dict[str, Any], where: str, d_in: int, d_sae: int) -> SAECo
     }
     for key, supported in plain.items():
         if cfg.get(key) not in supported:
-            raise WeightsError(f"{where}: `{key}: {cfg[key]}` is not supported; only plain ReLU SAEs are")
+            raise WeightsError(f"{where}: `{key}: {shown(cfg[key])}` is not supported; only plain ReLU SAEs are")
     # Absent in files of early 2024, which were all trained on TransformerLens' default, centred, residual stream.
     model_kwargs = _typed(cfg, "model_from_pretrained_kwargs", dict, where)
     centred = None if model_kwargs is None else _typed(model_kwargs, "center_writing_weights", bool, where)
@@ -182,7 +184,12 @@ def _typed(cfg: dict[str, Any], key: str, kind: type[_T], where: str) -> _T | No
     """`cfg[key]` if it is of the type `kind`, None if it is absent or null; else WeightsError."""
     value = cfg.get(key)
     if value is not None and type(value) is not kind:
-        raise WeightsError(f"{where}: cfg.json says `{key}: {value!r}`; it must be of type {kind.__name__}")
+        raise WeightsError(
+            f"{where}: cfg.json says `{key}: {shown(reprlib.repr(value))}`; it must be of type {kind.__name__}"
+        )
+    if isinstance(value, str) and (len(value) > _LONGEST_NAME or not value.isprintable()):
+        told = f"`{key}: {shown(value)}`; it must be at most {_LONGEST_NAME} printable letters"
+        raise WeightsError(f"{where}: cfg.json says {told}")
     return value
 
 
