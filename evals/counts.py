@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saezoo.evals.intervals import alive_again, redrawn_count, wilson
 from saezoo.results import Measured, Result
+from saezoo.spreadsheets import frame_csv
 
 if TYPE_CHECKING:
     import pandas
@@ -84,4 +85,4 @@ def densities_csv(results: Sequence[Result]) -> str:
     """CSV text: the rows of `densities` of all results."""
     import pandas as pd
 
-    return str(pd.concat([densities(result) for result in results], ignore_index=True).to_csv(index=False))
+    return frame_csv(pd.concat([densities(result) for result in results], ignore_index=True))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from saezoo import files
-from saezoo.errors import DownloadError
+from saezoo.errors import DownloadError, UsageError
 from saezoo.transfers import Transfers
 
 PAUSES = (1.0, 2.0, 4.0)
@@ -67,7 +67,8 @@ def cached(repo: str, revision: str | None, name: str) -> Path | None:
     """Where the file lies in the client's cache, if it does; the revision None is `main`."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, name, revision=revision)
+    with _explained(repo, revision, name):
+        found = try_to_load_from_cache(repo, name, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 
@@ -295,6 +296,8 @@ def _explained(repo: str, revision: str | None, what: str) -> Iterator[None]:
 
     try:
         yield
+    except errors.HFValidationError as error:
+        raise UsageError(f"`{repo}` is no hub id: {_first_line(error)}") from None
     except errors.GatedRepoError:
         raise DownloadError(f"{repo} is gated: accept its terms on its hub page, then `hf auth login`") from None
     except errors.RepositoryNotFoundError:

@@ -9,9 +9,24 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from saezoo.errors import UsageError
+from saezoo.errors import UsageError, shown
 
 Protocol = Literal["standard", "feb2024"]
+
+
+def check_inside(key: str, name: str) -> None:
+    """ValueError if the file name `name`, given under `key`, leads out of the folder or repository it belongs to."""
+    parts = re.split(r"[/\\]", name)
+    if ":" in name or "" in parts or "." in parts or ".." in parts:
+        raise ValueError(f"`{key}` must be a file name inside the folder or repository, not `{shown(name)}`")
+
+
+def _check_repository(repo: str | None, revision: str | None) -> None:
+    """ValueError if they could name anything but a repository of the hub and one of its revisions."""
+    if repo is not None and (not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", repo, re.ASCII) or ".." in repo):
+        raise ValueError(f"`repo` must be a hub id like `openai-community/gpt2`, not `{shown(repo)}`")
+    if revision is not None and (not re.fullmatch(r"\w[\w./-]{0,200}", revision, re.ASCII) or ".." in revision):
+        raise ValueError(f"`revision` must be a commit, branch or tag, not `{shown(revision)}`")
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,10 @@ class Layout:
         if described == (self.config is None):
             which = "names its description (cfg.json)" if described else "is null"
             raise ValueError(f"`config` {which} for the format {self.format}")
+        for key in ("weights", "config", "sparsity"):
+            if (name := getattr(self, key)) is not None:
+                check_inside(key, name)
+        _check_repository(self.repo, self.revision)
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,11 @@ class Model:
     folder: str | None = None
     facts: dict[str, FileFacts] = field(default_factory=dict)
     """File name -> size and hash."""
+
+    def __post_init__(self) -> None:
+        for name in self.facts:
+            check_inside("facts", name)
+        _check_repository(self.repo, self.revision)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@
 The command line prints these as one line, without a traceback. Anything else is a bug and shows its traceback.
 """
 
+import reprlib
+
 
 class SaezooError(Exception):
     """Base of all: the message says what is wrong, the offending value, and what to do."""
@@ -52,3 +54,14 @@ class UsageError(SaezooError):
     """The request itself is wrong: an unknown name, a layer out of range, contradictory options."""
 
     exit_code = 2
+
+
+def shown(value: object, most: int = 100) -> str:
+    """`value` for a message: one line of printable characters, at most `most` of them and three dots.
+
+    What comes from a file may be megabytes long, or hold what a terminal takes for commands.
+    """
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    cut = text[: most + 1]
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in cut).split())
+    return line if len(cut) <= most else line[:most] + "..."

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saezoo.errors import WeightsError
+from saezoo.errors import WeightsError, shown
 from saezoo.sae_config import feeding
-from saezoo.weights import Weights, checked, read_json, read_safetensors, torch_load
+from saezoo.screening import read_config, screen_npz
+from saezoo.weights import Weights, checked, read_safetensors, torch_load
 
 _PLAIN: dict[str, Any] = {"model_from_pretrained_kwargs": {}}  # not centred
 
@@ -81,11 +82,11 @@ _OPENAI_OTHERS = (
 def read_dictionary_learning(weights: Path, config: Path) -> Weights:
     """`ae.pt`, and `config.json`, which alone says what kind it is. A threshold that training has not set yet (-1) is
     refused: with it the peer's BatchTopK lets everything through that ReLU does."""
-    described = read_json(config)
+    described = read_config(config)
     trainer = _object(described, "trainer", config)
     kind = trainer.get("dict_class")
-    if kind not in DICTIONARIES:
-        raise WeightsError(f"{config}: `dict_class: {kind}` is not supported; {', '.join(DICTIONARIES)} are")
+    if not isinstance(kind, str) or kind not in DICTIONARIES:
+        raise WeightsError(f"{config}: `dict_class: {shown(kind)}` is not supported; {', '.join(DICTIONARIES)} are")
     names, ignored, cfg = DICTIONARIES[kind]
     state = _state(weights, torch_load(weights))
     tensors = _renamed(weights, state, names, ignored)
@@ -104,10 +105,12 @@ def read_dictionary_learning(weights: Path, config: Path) -> Weights:
 
 def read_sparsify(weights: Path, config: Path) -> Weights:
     """`sae.safetensors` and `cfg.json`. The folder's name is the hookpoint; block outputs are understood."""
-    described = read_json(config)
+    described = read_config(config)
     for key, supported in (("activation", "topk"), ("transcode", False), ("skip_connection", False), ("signed", False)):
         if described.get(key, supported) != supported:
-            raise WeightsError(f"{config}: `{key}: {described[key]}` is not supported; only TopK autoencoders are")
+            raise WeightsError(
+                f"{config}: `{key}: {shown(described[key])}` is not supported; only TopK autoencoders are"
+            )
     tensors = _renamed(weights, read_safetensors(weights), SPARSIFY, ())
     block = re.fullmatch(r"(?:.*\.)?(?:h|layers)\.(\d+)", weights.parent.name)
     hook = f"blocks.{block[1]}.hook_resid_post" if block else None
@@ -128,7 +131,9 @@ def read_openai(path: Path) -> Weights:
         cfg = _with_k(cfg | {"architecture": "topk", "normalize_activations": "layer_norm"}, _number(options.get("k")))
     elif activation != "ReLU":
         after = options.get("postact_fn") if isinstance(options, dict) else None
-        raise WeightsError(f"{path}: activation {activation} ({after}) is not supported; ReLU and TopK (ReLU) are")
+        raise WeightsError(
+            f"{path}: activation {shown(activation)} ({shown(after)}) is not supported; ReLU and TopK (ReLU) are"
+        )
     tensors = _renamed(path, state, _OPENAI, _OPENAI_OTHERS)
     return Weights(checked(path, tensors, cfg), cfg, None, "openai", {"format": "openai", "config": {}})
 
@@ -137,16 +142,16 @@ def read_gemma_scope(path: Path) -> Weights:
     """`params.npz`: JumpReLU; b_dec is added to the output only. Where it reads is not in the file."""
     import numpy as np
 
+    screen_npz(path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {re.sub("^w_", "W_", name): archive[name] for name in archive.files}
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise WeightsError(f"{path} is corrupt or no archive of arrays: {error}; get it again") from None
-    except Exception as error:  # zipfile and zlib raise their own
-        raise WeightsError(f"{path} is corrupt: {error}; get it again") from None
-    bad = [name for name, array in arrays.items() if array.dtype.kind != "f"]
-    if bad:
-        raise WeightsError(f"{path}: {bad[0]} is {arrays[bad[0]].dtype}, expected floating point")
+    except Exception as error:  # numpy, zipfile and zlib raise whatever a broken archive makes them raise
+        raise WeightsError(f"{path} is corrupt or not a .npz of numbers: {shown(str(error))}; get it again") from None
+    odd = [name for name, array in arrays.items() if array.dtype.kind != "f"]
+    if odd:
+        raise WeightsError(f"{path}: {shown(odd[0])} is {arrays[odd[0]].dtype}, expected floating point")
+    arrays = {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
     names = {**_NAMED, "threshold": "threshold"}
     tensors = _renamed(path, {name: torch.from_numpy(array) for name, array in arrays.items()}, names, ())
     cfg = _PLAIN | {"architecture": "jumprelu", "apply_b_dec_to_input": False}
@@ -162,15 +167,10 @@ def _state(path: Path, content: Any) -> dict[str, Any]:
 def _renamed(path: Path, state: dict[str, Any], names: dict[str, str], ignored: tuple[str, ...]) -> dict[str, Tensor]:
     """The tensors of `state` by our names; WeightsError if it lacks one or holds another."""
     missing, extra = set(names) - set(state), set(state) - set(names) - set(ignored)
-    if missing or extra:
-        raise WeightsError(
-            f"{path} must hold {', '.join(names)}; "
-            + "; ".join(
-                f"{what} {', '.join(sorted(which))}"
-                for what, which in (("it lacks", missing), ("it also holds", extra))
-                if which
-            )
-        )
+    problems = [f"it lacks {', '.join(sorted(missing))}"] if missing else []
+    problems += [f"it also holds {shown(', '.join(sorted(extra)), 300)}"] if extra else []
+    if problems:
+        raise WeightsError(f"{path} must hold {', '.join(names)}; {'; '.join(problems)}")
     found = {}
     for theirs, ours in names.items():
         tensor = state[theirs]

@@ -168,7 +168,7 @@ def load_language_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype
 
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if config.model_type != "gpt2":
             raise WeightsError(f"{folder} holds a `{config.model_type}` model; only the gpt2 architecture is supported")
         hf_model = GPT2LMHeadModel.from_pretrained(
@@ -177,8 +177,9 @@ def load_language_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype
             dtype=torch.float32 if dtype in HALF else dtype,
             local_files_only=True,
             attn_implementation="sdpa",
+            use_safetensors=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except WeightsError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, SafetensorError … for damaged folders

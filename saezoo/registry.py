@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from saezoo import strict_yaml
-from saezoo.entries import Dataset, Entry, FileFacts, Layout, Model, Published, Recipe
+from saezoo.entries import Dataset, Entry, FileFacts, Layout, Model, Published, Recipe, check_inside
 from saezoo.errors import RegistryError, UsageError
 
 VERSION = 1
@@ -151,7 +151,7 @@ def read_registry(overlay: Path | str | None = None) -> Registry:
 @functools.lru_cache(maxsize=8)
 def _read(overlay: str | None, stamp: tuple[int, int] | None) -> Registry:
     """`stamp` is part of the cache's key, so that an edited file is read again."""
-    files = [_load("built-in", package_folder() / "registry.yaml")]
+    files = [_built_in()]
     if overlay is not None:
         files.append(_load(overlay, Path(overlay)))
     everything = _File(version=VERSION)
@@ -183,12 +183,17 @@ class _Loaded:
     content: _File
 
     def error(self, line: int, message: str) -> RegistryError:
-        return RegistryError(f"{self.label}:{line}: {message}")
+        return RegistryError(f"{self.label}:{line}: {' '.join(message.split())}")
 
     def line_of(self, pattern: str) -> int:
         """Number of the first line that matches; 1 if none does."""
         lines = self.path.read_text(encoding="utf-8").split("\n")
         return next((n for n, line in enumerate(lines, start=1) if re.search(pattern, line)), 1)
+
+
+@functools.cache
+def _built_in() -> _Loaded:
+    return _load("built-in", package_folder() / "registry.yaml")
 
 
 def _load(origin: str, path: Path) -> _Loaded:
@@ -248,6 +253,10 @@ class _Resolver:
     def _entry(self, sae: _Sae) -> Entry:
         spec = self.spec
         hook = sae.hook or spec.hook.replace("{layer}", str(sae.layer))
+        try:
+            check_inside("hook", hook)  # file names are made of it
+        except ValueError as error:
+            raise self._fail(sae, str(error)) from None
         for metric in sae.published:
             if metric not in spec.published.definitions:
                 raise self._fail(sae, f"published metric `{metric}` has no definition")

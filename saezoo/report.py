@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from saezoo import files
 from saezoo.plots import densities as _densities
 from saezoo.plots import grid as _grid
-from saezoo.plots import literal as _literal
+from saezoo.plots import literal as _drawn
 from saezoo.results import Measured, Result, write_text
+from saezoo.spreadsheets import original
+from saezoo.tables import literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +93,8 @@ def write_report(folder: Path, title: str, facts: Mapping[str, str], results: Se
     from matplotlib import style
 
     log = _read_log(folder / "log.csv")
-    parts = [f"# {_plain(title)}", _table(("run", ""), list(facts.items())), *_measurements(results)]
+    about = [(literal(key), literal(value)) for key, value in facts.items()]
+    parts = [f"# {literal(title)}", _table(("run", ""), about), *_measurements(results)]
     # The user's own matplotlib settings (TeX, sizes) would make another picture than the one that was looked at.
     with style.context("default"):
         if curves := [curve for curve in _CURVES if _finite(log, curve.column)]:
@@ -115,7 +118,7 @@ def _read_log(path: Path) -> Log:
         for row in csv.DictReader(file):
             numbers = {key: _number(row.get(key)) for key in ("tokens", *(curve.column for curve in _CURVES))}
             if row.get("layer"):  # not the rest of a line that was cut off
-                log.setdefault(row["layer"], []).append(numbers)
+                log.setdefault(original(row["layer"]), []).append(numbers)
     return log
 
 
@@ -133,14 +136,14 @@ def _finite(log: Log, column: str) -> list[float]:
 def _measurements(results: Sequence[Result]) -> list[str]:
     """What was evaluated on what, and one table per SAE."""
     first, published = results[0], bool(_published_metrics(results))
-    sample = f"{first.tokens:,} tokens of {_plain(first.text)}, from {first.documents:,} documents, seed {first.seed}"
+    sample = f"{first.tokens:,} tokens of {literal(first.text)}, from {first.documents:,} documents, seed {first.seed}"
     known = any(measured.lo is not None for result in results for measured in result.metrics.values())
     words = [_INTERVALS, _BESIDE] if known and published else [_INTERVALS if known else _NO_INTERVALS]
     parts = ["## Evaluation", f"Protocol `{first.protocol}`: {sample}.", " ".join(words)]
     for result in results:
         header = ("metric", "measured [95 % interval]", "published", "the published value lies")
-        rows = [(label, *_compared(result, metric)) for metric, label in _shown(result).items()]
-        parts.append(f"### Layer {_plain(result.layer)}")
+        rows = [(literal(label), *_compared(result, metric)) for metric, label in _shown(result).items()]
+        parts.append(f"### Layer {literal(result.layer)}")
         parts.append(_table(header, rows) if published else _table(header[:2], [row[:2] for row in rows]))
     return parts
 
@@ -179,14 +182,9 @@ def _rounded(value: float | None) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; foreign text in it must be `literal` already."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines)
-
-
-def _plain(text: str) -> str:
-    """`text` on one line, with nothing in it that would end a table's cell or begin an element."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _picture(folder: Path, name: str, alternative: str, figure: Figure) -> str:
@@ -209,7 +207,7 @@ def _training(log: Log, curves: Sequence[_Curve]) -> Figure:
         for colour, (layer, rows) in zip(_colours(len(log)), log.items(), strict=True):
             x, y = [row["tokens"] for row in rows], [row[curve.column] for row in rows]
             marker = "." if len(rows) < 20 else None
-            axis.plot(x, y, color=colour, linewidth=1.0, marker=marker, label=f"layer {_literal(layer)}")
+            axis.plot(x, y, color=colour, linewidth=1.0, marker=marker, label=f"layer {_drawn(layer)}")
         _dress(axis, curve, max(_finite(log, curve.column)))
     axes[-1].axis("off")  # the last panel holds the legend
     columns = 1 if len(log) < 9 else 2
@@ -245,7 +243,7 @@ def _published_metrics(results: Sequence[Result]) -> dict[str, str]:
 
 def _comparison(results: Sequence[Result]) -> Figure:
     metrics = _published_metrics(results)
-    places, names = range(len(results)), [_literal(result.layer) for result in results]
+    places, names = range(len(results)), [_drawn(result.layer) for result in results]
     crowded = len(names) * max(map(len, names)) > 40
     figure, axes = _grid(len(metrics), 3, 4.2, 3.0)
     for axis, (metric, label) in zip(axes, metrics.items(), strict=True):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saezoo import files
 from saezoo.errors import UsageError
+from saezoo.spreadsheets import frame_csv
 
 if TYPE_CHECKING:
     import pandas
@@ -127,7 +128,7 @@ def to_csv(results: Sequence[Result]) -> str:
     frame = to_frame(results)
     for name in {name for result in results for name, (value, _, _) in result.metrics.items() if value is None}:
         frame[name] = frame[name].astype(object).where(frame[name].notna(), UNDEFINED)
-    return str(frame.to_csv(index=False))
+    return frame_csv(frame)
 
 
 def to_json(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -201,7 +202,7 @@ def breakdown_csv(results: Sequence[Result]) -> str:
                     row |= {name: UNDEFINED if value is None else value, f"{name}_lo": lo, f"{name}_hi": hi}
             rows.append(row)
     head = ["collection", "layer", "by", "key", "tokens"]
-    return str((pd.DataFrame(rows) if rows else pd.DataFrame(columns=head)).to_csv(index=False))
+    return frame_csv(pd.DataFrame(rows) if rows else pd.DataFrame(columns=head))
 
 
 def _by_document(result: Result) -> Iterator[tuple[int, dict[str, Measured]]]:

@@ -6,10 +6,11 @@ Other projects' files are first put into the same words (`foreign.py`). Whatever
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from saezoo.errors import WeightsError
+from saezoo.errors import WeightsError, shown
 
 _T = TypeVar("_T")
 
@@ -34,6 +35,7 @@ _ARCHITECTURES: dict[str | None, Activation] = {
     "jumprelu": "jumprelu",
     "gated": "gated",
 }
+_LONGEST_NAME = 200  # of a hook or model; they go into tables and CSVs
 _OWN = "saezoo"
 """Key of cfg.json under which saezoo keeps what SAELens has no word for."""
 
@@ -80,7 +82,7 @@ def config_from(cfg: dict[str, Any], where: str, d_in: int, d_sae: int) -> SAECo
     cfg = _merged(cfg, where)
     for key, known in (("d_in", d_in), ("d_sae", d_sae)):
         if cfg.get(key, known) != known:
-            raise WeightsError(f"{where}: cfg.json says {key} {cfg[key]}, the tensors say {known}")
+            raise WeightsError(f"{where}: cfg.json says {key} {shown(cfg[key])}, the tensors say {known}")
     if k is not None and k > d_sae:
         raise WeightsError(f"{where}: cfg.json says k {k}, there are {d_sae} features")
     return SAEConfig(
@@ -128,21 +130,21 @@ def activation_of(cfg: dict[str, Any], where: str) -> tuple[Activation, int | No
     }
     for key, values in supported.items():
         if not any(value is cfg.get(key) or value == cfg.get(key) for value in values):
-            raise WeightsError(f"{where}: `{key}: {cfg[key]}` is not supported")
+            raise WeightsError(f"{where}: `{key}: {shown(cfg[key])}` is not supported")
     own = _typed(cfg, _OWN, dict, where) or {}
     if own.get("activation") == "batchtopk":
         return "batchtopk", _k(own.get("k"), where)
     architecture = cfg.get("architecture")
     if not isinstance(architecture, (str, type(None))) or architecture not in _ARCHITECTURES:
         known = ", ".join(str(name) for name in _ARCHITECTURES if name)
-        raise WeightsError(f"{where}: `architecture: {architecture}` is not supported; {known} are")
+        raise WeightsError(f"{where}: `architecture: {shown(architecture)}` is not supported; {known} are")
     activation = _ARCHITECTURES[architecture]
     key = "activation_fn_str" if cfg.get("activation_fn_str") else "activation_fn"
     function = cfg.get(key)
     if function == "topk" and activation == "relu":  # SAELens before version 6: an architecture `standard` with TopK
         activation = "topk"
     elif function not in (None, "relu") and not (function == "topk" and activation == "topk"):
-        raise WeightsError(f"{where}: `{key}: {function}` is not supported with the architecture {architecture}")
+        raise WeightsError(f"{where}: `{key}: {shown(function)}` is not supported with the architecture {architecture}")
     if activation != "topk":
         return activation, None
     options = _typed(cfg, "activation_fn_kwargs", dict, where) or {}
@@ -199,7 +201,9 @@ def _merged(cfg: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _k(value: object, where: str) -> int:
     if type(value) is not int or value < 1:
-        raise WeightsError(f"{where}: its configuration says `k: {value!r}`; it must be a whole number above 0")
+        raise WeightsError(
+            f"{where}: its configuration says `k: {shown(reprlib.repr(value))}`; it must be a whole number above 0"
+        )
     return value
 
 
@@ -207,5 +211,9 @@ def _typed(cfg: dict[str, Any], key: str, kind: type[_T], where: str) -> _T | No
     """`cfg[key]` if it is of the type `kind`, None if it is absent or null; else WeightsError."""
     value = cfg.get(key)
     if value is not None and type(value) is not kind:
-        raise WeightsError(f"{where}: cfg.json says `{key}: {value!r}`; it must be of type {kind.__name__}")
+        told = f"`{key}: {shown(reprlib.repr(value))}`; it must be of type {kind.__name__}"
+        raise WeightsError(f"{where}: cfg.json says {told}")
+    if isinstance(value, str) and (len(value) > _LONGEST_NAME or not value.isprintable()):
+        told = f"`{key}: {shown(value)}`; it must be at most {_LONGEST_NAME} printable letters"
+        raise WeightsError(f"{where}: cfg.json says {told}")
     return value

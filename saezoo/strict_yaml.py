@@ -13,6 +13,7 @@ import difflib
 import math
 import types
 import typing
+import unicodedata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ from saezoo.errors import RegistryError
 T = TypeVar("T")
 _NULLS = ("null", "~", "")
 _DEEPEST = 20
+_LONGEST = 1000  # letters of a message
+_LARGEST = 4_000_000  # bytes; the built-in registry has 19,000
 
 
 def read(path: Path, cls: type[T], *, label: str | None = None) -> T:
@@ -32,6 +35,8 @@ def read(path: Path, cls: type[T], *, label: str | None = None) -> T:
     """
     name = label or str(path)
     try:
+        if path.stat().st_size > _LARGEST:
+            raise RegistryError(f"{name}: has more than {_LARGEST:,} bytes, and is no registry")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RegistryError(f"{name}: cannot be read as text: {error}") from None
@@ -69,6 +74,7 @@ def _check_events(text: str, name: str) -> None:
 def _fail(node: yaml.Node, name: str, where: str, message: str) -> RegistryError:
     at = f"{where}: " if where else ""
     text = " ".join(f"{at}{message}".split()).encode("utf-8", "backslashreplace").decode("utf-8")
+    text = text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
     return RegistryError(f"{name}:{node.start_mark.line + 1}: {text}")
 
 
@@ -80,6 +86,7 @@ def _pairs(node: yaml.Node, name: str, where: str) -> dict[str, tuple[yaml.Node,
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
             raise _fail(key, name, where, "keys must be plain words")
+        _check_letters(key, name, where)
         if key.value in pairs:
             first = pairs[key.value][0].start_mark.line + 1
             raise _fail(key, name, where, f"`{key.value}` is given twice (first on line {first}); remove one")
@@ -134,6 +141,7 @@ def _record(cls: type, node: yaml.Node, name: str, where: str) -> Any:
 def _scalar(kind: Any, node: yaml.Node, name: str, where: str) -> Any:
     if not isinstance(node, yaml.ScalarNode):
         raise _fail(node, name, where, f"must be {_describe(kind)}, not a list or mapping")
+    _check_letters(node, name, where)
     text = node.value
     if node.style is None and text in _NULLS:
         raise _fail(node, name, where, f"must be {_describe(kind)}; null is not allowed here")
@@ -153,9 +161,16 @@ def _number(kind: type[int] | type[float], text: str) -> float:
     if "_" in text or len(text) > 40:  # Python would read 1_0 as 10
         raise ValueError
     value = kind(text)
-    if not math.isfinite(value):
+    if not math.isfinite(value) or (kind is int and abs(value) >= 2**63):
         raise ValueError
     return value
+
+
+def _check_letters(node: yaml.ScalarNode, name: str, where: str) -> None:
+    """Refuse what a terminal takes for commands or shows in another order than it is read."""
+    for letter in node.value:
+        if unicodedata.category(letter) in ("Cc", "Cf", "Cs") and letter not in "\n\t":
+            raise _fail(node, name, where, f"holds the invisible character U+{ord(letter):04X}; remove it")
 
 
 def _describe(kind: Any) -> str:

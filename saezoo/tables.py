@@ -180,18 +180,18 @@ def to_markdown(results: Sequence[Result]) -> str:
     """GitHub tables, at most seven metrics wide, with intervals in brackets: the metrics of `tables`, all of them."""
     first = results[0]
     about = f"{first.collection}, {first.protocol} protocol: {first.tokens:,} tokens of {first.text}"
-    parts = [f"{_literal(about)}, {first.documents:,} documents. In brackets the 95 % interval over documents."]
+    parts = [f"{literal(about)}, {first.documents:,} documents. In brackets the 95 % interval over documents."]
     for names in _names(results):
         for start in range(0, len(names), _MARKDOWN_COLUMNS):
             parts.append(_markdown_table(results, names[start : start + _MARKDOWN_COLUMNS]))
     if "ce_score" in {name for names in _names(results) for name in names}:
-        parts.append(_literal(_NOTE_SCORE))
+        parts.append(literal(_NOTE_SCORE))
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown_table(results: Sequence[Result], names: Sequence[str]) -> str:
-    lines = [["layer", *(_literal(_COLUMNS[name].label) for name in names)], ["---:"] * (1 + len(names))]
-    lines += [[_literal(result.layer), *(_markdown_cell(result, name) for name in names)] for result in results]
+    lines = [["layer", *(literal(_COLUMNS[name].label) for name in names)], ["---:"] * (1 + len(names))]
+    lines += [[literal(result.layer), *(_markdown_cell(result, name) for name in names)] for result in results]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -207,6 +207,6 @@ def _markdown_cell(result: Result, name: str) -> str:
     return cell if published is None else f"{cell}<br>published {_number(published, digits)}"
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """`text` on one line, without anything that GitHub's Markdown takes for markup."""
     return re.sub(r"([\\`*_\[\]<>|&~$#])", r"\\\1", " ".join(text.split()))

@@ -23,6 +23,7 @@ from saezoo.registry import package_folder
 
 SEPARATOR = "<|endoftext|>"
 _TOKENISE_AT_ONCE = 64
+_XZ_MEMORY = 2**27  # bytes; a dictionary of `xz -9` takes half of it
 _MAX_DOCUMENT = 1024  # TransformerLens 1.10 truncated to GPT-2's n_ctx, BOS included
 
 
@@ -67,7 +68,7 @@ def text_file(path: Path) -> TextSource:
 
 def _read_file(path: Path) -> Iterator[str]:
     try:
-        raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        raw = _unpacked(path) if path.suffix == ".xz" else path.read_bytes()
     except FileNotFoundError:
         raise TextError(f"no file {path}") from None
     except (OSError, lzma.LZMAError) as error:
@@ -84,6 +85,19 @@ def _read_file(path: Path) -> Iterator[str]:
     yield from _json_lines(path, text) if lines_of_json else (part for part in text.split(SEPARATOR) if part.strip())
 
 
+def _unpacked(path: Path) -> bytes:
+    """The contents of a `.xz`, unless they are far larger than text packs or it asks for much memory itself."""
+    packed = path.read_bytes()
+    most = 100 * len(packed) + 2**24
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+    raw = decompressor.decompress(packed, max_length=most + 1)
+    if len(raw) > most:
+        raise TextError(f"{path} holds more than a hundred times its size, which is no text; unpack it first")
+    if not decompressor.eof or decompressor.unused_data:
+        raise TextError(f"{path} is cut off, or more than one packed file; pack the text again")
+    return raw
+
+
 def _json_lines(path: Path, text: str) -> Iterator[str]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -91,6 +105,9 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
                 document = json.loads(line)["text"]
                 if not isinstance(document, str):
                     raise TypeError
+                document.encode()  # JSON can spell halves of letters, which no tokenizer reads
+            except UnicodeEncodeError:
+                raise TextError(f"{path}:{number}: holds half of a surrogate pair, which is no letter") from None
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise TextError(f'{path}:{number}: not a JSON object with a "text" field') from None
             if document.strip():

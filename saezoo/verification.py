@@ -14,6 +14,7 @@ from saezoo.errors import UsageError
 from saezoo.evals.verdict import Cell, judge
 from saezoo.registry import read_registry
 from saezoo.results import Result
+from saezoo.spreadsheets import frame_csv
 from saezoo.workflows import EVAL_TOKENS, Options
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Verification:
             }
             for cell in self.cells
         ]
-        return str(pd.DataFrame(rows).to_csv(index=False))
+        return frame_csv(pd.DataFrame(rows))
 
     def table(self) -> Table:
         """For the terminal."""

@@ -5,9 +5,6 @@ Both give the tensors of `sae_config.PARAMETERS`. No pickle is ever executed. `f
 
 from __future__ import annotations
 
-import json
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from saezoo.errors import WeightsError
+from saezoo.errors import WeightsError, shown
 from saezoo.sae_config import PARAMETERS, activation_of, origin_of
+from saezoo.screening import read_config, screen_safetensors, screen_torch
 
 _LEGACY_CLASS = "sae_training.config.LanguageModelSAERunnerConfig"
 
@@ -39,7 +37,7 @@ class Weights:
 
 def read_saelens(weights: Path, config: Path, sparsity: Path | None) -> Weights:
     """Read `sae_weights.safetensors` (memory-mapped), `cfg.json` and, if given, `sparsity.safetensors`."""
-    cfg = read_json(config)
+    cfg = read_config(config)
     tensors = read_safetensors(weights)
     factor = tensors.pop("scaling_factor", None)
     if factor is not None and not bool((factor == 1).all()):
@@ -58,7 +56,10 @@ def read_legacy(weights: Path, sparsity: Path | None) -> Weights:
     saved = torch_load(weights)
     try:
         cfg = {key: _plain(value) for key, value in vars(saved["cfg"]).items()}
-        tensors = {name: tensor.float() for name, tensor in saved["state_dict"].items()}
+        state = dict(saved["state_dict"].items())
+        if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
+            raise TypeError
+        tensors = {name: tensor.float() for name, tensor in state.items()}
     except (KeyError, TypeError, AttributeError, IndexError):
         raise WeightsError(f"{weights} is not a 2024 SAE file: it needs `cfg` and `state_dict`") from None
     log_sparsity = None
@@ -75,57 +76,36 @@ class _InertConfig:
 
 def torch_load(path: Path) -> Any:
     """What a `.pt` holds, if that can be read without running any of its code; WeightsError if not."""
-    _refuse_unsafe_globals(path)
+    screen_torch(path, {_LEGACY_CLASS})
     try:
         with torch.serialization.safe_globals([(_InertConfig, _LEGACY_CLASS)]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise WeightsError(f"{path} is corrupt or not a PyTorch file: {reason}; get it again") from None
-
-
-def _refuse_unsafe_globals(path: Path) -> None:
-    try:
-        unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {_LEGACY_CLASS}
-    except Exception as error:  # the scanner raises whatever the broken pickle makes it raise
-        reason = str(error).strip().split("\n")[0]
-        raise WeightsError(f"{path} is corrupt or not a PyTorch file: {reason}; get it again") from None
-    if unsafe:
-        names = ", ".join(sorted(unsafe))
-        raise WeightsError(f"{path} would run code when loaded ({names}); refused, nothing was executed")
+    except Exception as error:  # torch raises whatever a broken file makes it raise
+        raise WeightsError(f"{path} is corrupt or not a PyTorch file: {shown(str(error))}; get it again") from None
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, (torch.dtype, torch.device)) else value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; WeightsError if it holds anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
+    """`value` if JSON could hold it, else its name: comparing a tensor with anything gives a tensor."""
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value)
+    return value if value is None or isinstance(value, (str, int, float, list, tuple, dict)) else type(value).__name__
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of the file, memory-mapped."""
+    screen_safetensors(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise WeightsError(f"no file {path}") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path} is corrupt or truncated: {error}; get it again") from None
+        raise WeightsError(f"{path} is corrupt or truncated: {shown(str(error))}; get it again") from None
 
 
 def read_sparsity(path: Path) -> Tensor:
     """The one tensor of a `sparsity.safetensors`."""
     tensors = read_safetensors(path)
     if set(tensors) != {"sparsity"}:
-        raise WeightsError(f"{path} must hold one tensor `sparsity`, not {sorted(tensors)}")
+        raise WeightsError(f"{path} must hold one tensor `sparsity`, not {shown(str(sorted(tensors)), 300)}")
     return tensors["sparsity"]
 
 
@@ -143,7 +123,9 @@ def checked(
     names = PARAMETERS[activation]
     if set(tensors) != set(names):
         held = ", ".join(sorted(tensors))
-        raise WeightsError(f"{path} must hold the tensors {', '.join(names)} ({activation}); it holds {held}")
+        raise WeightsError(
+            f"{path} must hold the tensors {', '.join(names)} ({activation}); it holds {shown(held, 300)}"
+        )
     d_in, d_sae = tensors["b_dec"].numel(), tensors[names[1]].numel()
     expected = dict.fromkeys(names, (d_sae,)) | {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     for name, shape in expected.items():

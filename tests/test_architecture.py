@@ -24,8 +24,8 @@ MODULES |= {f"{part}.{path.stem}": path for part in ("trainers", "evals") for pa
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 LAYERS = [
     "errors",
-    "strict_yaml files entries products transfers sae_config",
-    "registry lock download",
+    "strict_yaml files entries products transfers sae_config pickles spreadsheets",
+    "registry lock download screening",
     "hub tokens",
     "weights lm geometric_median results shards sinks checkpoint ranks codes cache",
     "foreign live tables plots",

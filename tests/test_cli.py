@@ -435,7 +435,7 @@ def other(command: list[object], **changes: object) -> list[object]:
     ("changes", "code", "message"),
     [
         ({"model": None}, 2, "reads `tiny`, which the registry does not know; give --model"),
-        ({"model": "/no/such/folder"}, 2, "model `no/such/folder` is neither a folder here nor a hub id like"),
+        ({"model": "/no/such/folder"}, 2, "model `/no/such/folder` is neither a folder here nor a hub id like"),
         ({"model": "owner/absent"}, 1, "owner/absent/config.json is not in the cache"),
         ({"dataset": "openwebtext"}, 2, "give --text or --dataset, not both"),
         ({"device": "cuda:99"}, 2, "device `cuda:99` cannot be used here; "),

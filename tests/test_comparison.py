@@ -51,7 +51,7 @@ def test_the_tables() -> None:
         (("tiny-res", "tiny-res/1"), 2, "tiny-res has several SAEs; say which: tiny-res/LAYER"),
         (("tiny-res/0-1", "tiny-res/1"), 2, "tiny-res/0-1 names 2 SAEs; compare takes one on each side"),
         (("tiny-res/9", "tiny-res/1"), 2, "`tiny-res` has no layer `9`; known: 0, 1, 2, 3"),
-        (("tiny-res/1", "nowhere/else"), 2, "no folder nowhere/else"),
+        (("tiny-res/1", "/nowhere/else"), 2, "no folder /nowhere/else"),
         (("tiny-res/1", "tiny-res/2", "--threshold", "1.5"), 2, "threshold 1.5 is no cosine of shared features"),
     ],
 )

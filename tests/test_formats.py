@@ -252,7 +252,7 @@ def test_gemma_scope_refused(tmp_path: Path) -> None:
     folder = copied("gemma_scope", tmp_path)
     arrays = dict(numpy.load(folder / "params.npz"))
     numpy.savez(folder / "params.npz", **arrays | {"b_enc": numpy.array([object()])})
-    assert "params.npz is corrupt or no archive of arrays: " in refusal(folder)
+    assert "params.npz is corrupt or not a .npz of numbers: " in refusal(folder)
     numpy.savez(folder / "params.npz", **{name: arrays[name] for name in arrays if name != "threshold"})
     assert refusal(folder).endswith("it lacks threshold")
     (folder / "params.npz").write_bytes((folder / "params.npz").read_bytes()[:500])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 import sys
@@ -237,7 +238,7 @@ def test_the_published_picture_shows_what_was_measured() -> None:
 @pytest.mark.parametrize("name", ["$x^2$", "_hidden", "a|b", "<b>", "ü"])
 def test_names_are_not_markup(tmp_path: Path, name: str) -> None:
     content = log(1).replace(",0,", f",{name},", 1)
-    shown = name.replace("|", "\\|").replace("<", "&lt;")
+    shown = re.sub(r"([$_|<>])", r"\\\1", name)
     assert f"### Layer {shown}\n" in written(tmp_path, [result(name)], content)
     assert pictures(tmp_path) == ["density.png", "published.png", "training.png"]
 

@@ -396,10 +396,17 @@ def test_what_goes_wrong_in_the_thread_comes_out(tokenizer: Any, tmp_path: Path)
     assert not working()
 
 
+class Halved(TextSource):
+    """Has half of a surrogate pair in its second document, as a data set may."""
+
+    def documents(self) -> Iterator[str]:
+        yield from ("a", "\ud83d")
+
+
 def test_a_text_that_cannot_be_encoded(tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{"text": "\\ud83d"}\n')
-    cache = small(text_file(tmp_path / "text.jsonl"), tokenizer, tmp_path)
-    with pytest.raises(TextError, match=r"^file:text\.jsonl: document 2 is not valid text; leave it out$"):
+    write(tmp_path / "text.jsonl", TEXTS)
+    cache = small(Halved("mine", path=tmp_path / "text.jsonl"), tokenizer, tmp_path)
+    with pytest.raises(TextError, match="^mine: document 2 is not valid text; leave it out$"):
         list(cache.documents())
 
 

@@ -90,6 +90,11 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str) -> None:
         ("version: 1\nversion: 1", "2: `version` is given twice (first on line 1); remove one"),
         ("version: 1\nnotes:\n  a: b\n  a: c", "4: notes: `a` is given twice (first on line 3); remove one"),
         ("version: one", "1: version: must be a whole number, not `one`"),
+        ("version: 9223372036854775808", "1: version: must be a whole number, not `9223372036854775808`"),
+        ("version: " + "9" * 5000, "1: version: must be a whole number, not `999"),
+        ('version: 1\nkind: "a\\e[2J"', "2: kind: holds the invisible character U+001B; remove it"),
+        ('version: 1\n"a\\u202Eb": 1', "2: holds the invisible character U+202E; remove it"),
+        ("version: &a 1\nkind: *a", "2: YAML alias `*a` is not allowed; write the value out"),
         ("version: 1.5", "1: version: must be a whole number, not `1.5`"),
         ("version: null", "1: version: must be a whole number; null is not allowed here"),
         ("version:", "1: version: must be a whole number; null is not allowed here"),
@@ -121,6 +126,17 @@ def test_aliases_are_refused_before_they_grow(tmp_path: Path) -> None:
     laughs = "\n".join(f"  l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 30))
     message = refusal(tmp_path, f"version: 1\nnotes:\n  l0: &l0 ha\n{laughs}\n")
     assert message == "tree.yaml:4: YAML alias `*l0` is not allowed; write the value out"
+
+
+def test_messages_are_short(tmp_path: Path) -> None:
+    """However long the text is that they are about."""
+    assert len(refusal(tmp_path, f"version: 1\nkind: {'x' * 100_000}")) < 1100
+    assert len(refusal(tmp_path, f"version: 1\n{'x' * 900}: 1")) < 1100
+
+
+def test_a_file_of_five_megabytes(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "#" * 5_000_000)
+    assert message == "tree.yaml: has more than 4,000,000 bytes, and is no registry"
 
 
 @pytest.mark.parametrize("tag", ["!!python/name:os.getcwd", "!!python/object/apply:os.getcwd", "!mine", "!!binary"])

@@ -174,7 +174,8 @@ def test_documents_of_a_file(tmp_path: Path, name: str, content: bytes, wanted: 
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', '{path}:2: not a JSON object with a "text" field'),
         ("a.jsonl", b'{"txt": "x"}\n', '{path}:1: not a JSON object with a "text" field'),
         ("a.jsonl", b'\n["text"]\n', '{path}:2: not a JSON object with a "text" field'),
-        ("a.jsonl.xz", b"not xz", "{path} cannot be read: Input format not supported by decoder"),
+        ("a.jsonl.xz", b"not xz, whatever its name", "{path} cannot be read: Input format not supported by decoder"),
+        ("a.jsonl", b'{"text": "\\ud83d"}', "{path}:1: holds half of a surrogate pair, which is no letter"),
     ],
 )
 def test_refused_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

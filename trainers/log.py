@@ -12,6 +12,7 @@ from pathlib import Path
 from saezoo import files
 from saezoo.errors import TrainingError
 from saezoo.ranks import Ranks
+from saezoo.spreadsheets import inert_rows
 from saezoo.trainers.trainee import StepLog, Trainee
 
 _ROWS = 500
@@ -82,7 +83,7 @@ class Log:
         rows = mine if self._ranks.shares_features else [row for part in gathered for row in part]
         try:
             with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(list(asdict(row).values()) for row in rows)
+                csv.writer(file).writerows(inert_rows(asdict(row).values() for row in rows))
         except OSError as error:
             raise files.cannot_write(self.path, error) from None
         return rows
