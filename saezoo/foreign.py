@@ -211,7 +211,7 @@ def _with_k(cfg: dict[str, Any], k: Any) -> dict[str, Any]:
 def _agreed_k(path: Path, configured: Any, stored: Any) -> Any:
     stored = _number(stored)
     if stored is not None and configured is not None and stored != configured:
-        raise WeightsError(f"{path}: k is {stored}, its configuration says {configured}")
+        raise WeightsError(f"{path}: k is {stored}, its configuration says {shown(configured)}")
     return configured if stored is None else stored
 
 

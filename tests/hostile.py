@@ -378,6 +378,7 @@ def weights() -> dict[str, Hostile]:
     found: dict[str, Hostile] = {}
     for name, data in _CALLS.items():
         found[f"pickle: {name}"] = Hostile("sae.pt", archive(data), "would run code when loaded (")
+    found["pickle: of dictionary_learning"] = found["pickle: os.system"]._replace(name="ae.pt")
     for kind, file, table in (
         ("archive", "sae.pt", _ARCHIVES),
         ("safetensors", "sae_weights.safetensors", _SAFETENSORS),
