@@ -55,6 +55,8 @@ def read_legacy(weights: Path, sparsity: Path | None) -> Weights:
     """
     saved = torch_load(weights)
     try:
+        if not isinstance(saved, dict):  # asked for a key, one of torch's storages raises RuntimeError
+            raise TypeError
         cfg = {key: _plain(value) for key, value in vars(saved["cfg"]).items()}
         state = dict(saved["state_dict"].items())
         if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):

@@ -122,8 +122,9 @@ def test_a_bare_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         [],
         "text",
         1,
+        torch.storage.TypedStorage(3, dtype=torch.float32, _internal=True),
     ],
-    ids=["tensor", "no cfg", "dict cfg", "no tensors", "list", "text", "number"],
+    ids=["tensor", "no cfg", "dict cfg", "no tensors", "list", "text", "number", "storage"],
 )
 def test_other_torch_files(tmp_path: Path, saved: object) -> None:
     torch.save(saved, tmp_path / "old.pt")
