@@ -122,7 +122,7 @@ def test_a_bare_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         [],
         "text",
         1,
-        torch.storage.TypedStorage(3, dtype=torch.float32, _internal=True),
+        torch.storage.TypedStorage(3, dtype=torch.float32, _internal=True),  # type: ignore[no-untyped-call]
     ],
     ids=["tensor", "no cfg", "dict cfg", "no tensors", "list", "text", "number", "storage"],
 )
