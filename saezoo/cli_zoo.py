@@ -41,7 +41,7 @@ def list_command(registry: Path | None, as_json: bool) -> None:
             first.model_name,
             f"{first.d_in} x {d_sae}",
             first.recipe_name or "",
-            *([first.origin] if overlaid else []),
+            *([Path(first.origin).name] if overlaid else []),
         )
     terminal.print_table(table)
 
