@@ -118,17 +118,8 @@ def screen_torch(path: Path, allowed: Set[str] = frozenset()) -> None:
     `allowed` are full names of classes that the pickle may name besides torch's own; whoever unpickles maps them to
     stand-ins.
     """
-    try:
-        with _archive(path) as archive:
-            _check_torch(archive, allowed)
-    except (_Damaged, pickles.PickleError) as error:
-        raise WeightsError(f"{path} is corrupt or not a PyTorch file: {error}; get it again") from None
-    except _RunsCode as error:
-        raise WeightsError(f"{path} would run code when loaded ({error}); refused, nothing was executed") from None
-    except FileNotFoundError:
-        raise WeightsError(f"no file {path}") from None
-    except Exception as error:  # zipfile raises whatever a broken archive makes it raise
-        raise WeightsError(f"{path} is corrupt or not a PyTorch file: {shown(str(error))}; get it again") from None
+    with _screened(path, "a PyTorch file") as archive:
+        _check_torch(archive, allowed)
 
 
 class _RunsCode(Exception):
@@ -160,21 +151,14 @@ def _check_torch(archive: zipfile.ZipFile, allowed: Set[str]) -> None:
 
 def screen_npz(path: Path) -> None:
     """The archive holds .npy files of plain numbers, as long as their headers say, and does not grow when unpacked."""
-    try:
-        with _archive(path) as archive:
-            entries = _entries(archive)
-            total = sum(entry.file_size for entry in entries.values())
-            if total > 10 * path.stat().st_size + 2**24:  # weights hardly shrink; zeros do, a thousandfold
-                raise _Damaged(f"it would grow to {total:,} bytes when unpacked")
-            for name, entry in entries.items():
-                with archive.open(entry) as file:
-                    _check_numpy(shown(name), file, entry.file_size)
-    except _Damaged as error:
-        raise WeightsError(f"{path} is corrupt or not a .npz of numbers: {error}; get it again") from None
-    except FileNotFoundError:
-        raise WeightsError(f"no file {path}") from None
-    except Exception as error:  # zipfile raises whatever a broken archive makes it raise
-        raise WeightsError(f"{path} is corrupt or not a .npz of numbers: {shown(str(error))}; get it again") from None
+    with _screened(path, "a .npz of numbers") as archive:
+        entries = _entries(archive)
+        total = sum(entry.file_size for entry in entries.values())
+        if total > 10 * path.stat().st_size + 2**24:  # weights hardly shrink; zeros do, a thousandfold
+            raise _Damaged(f"it would grow to {total:,} bytes when unpacked")
+        for name, entry in entries.items():
+            with archive.open(entry) as file:
+                _check_numpy(shown(name), file, entry.file_size)
 
 
 def _check_numpy(name: str, file: Any, size: int) -> None:
@@ -196,6 +180,22 @@ def _check_numpy(name: str, file: Any, size: int) -> None:
         raise _Damaged(f"{name} has {size:,} bytes, its header describes {shown(str(expected))}")
     while file.read(2**20):  # the checksum is compared at the end
         pass
+
+
+@contextlib.contextmanager
+def _screened(path: Path, kind: str) -> Iterator[zipfile.ZipFile]:
+    """The archive at `path`; whatever turns out to be wrong with it becomes a WeightsError."""
+    try:
+        with _archive(path) as archive:
+            yield archive
+    except _RunsCode as error:
+        raise WeightsError(f"{path} would run code when loaded ({error}); refused, nothing was executed") from None
+    except FileNotFoundError:
+        raise WeightsError(f"no file {path}") from None
+    except (_Damaged, pickles.PickleError) as error:
+        raise WeightsError(f"{path} is corrupt or not {kind}: {error}; get it again") from None
+    except Exception as error:  # zipfile raises whatever a broken archive makes it raise
+        raise WeightsError(f"{path} is corrupt or not {kind}: {shown(str(error))}; get it again") from None
 
 
 @contextlib.contextmanager

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from click.testing import CliRunner
 from conftest import write_registry
 
 import saezoo
+from saezoo.cli import main
 
 TOKENS = 2_000
 BUFFER = 4 * 4 * 16
@@ -105,3 +107,12 @@ def wait_for_rows(process: subprocess.Popen[str], out: Path, rows: int) -> None:
     log = out / "log.csv"
     while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= rows):
         time.sleep(0.02)
+
+
+def finished_run(folder: Path, model_folder: Path) -> Path:
+    """The run folder, in `folder`, of a small reproduction that has ended."""
+    overlay = write_overlay(folder, model_folder)
+    words = arguments(overlay, folder / "run", write_text(folder), "--product", "dense")
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    return folder / "run"

@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner, Result
 from conftest import write_registry
 from replicas import legacy_name, write_legacy
-from smallrun import COLLECTION, arguments, registry, write_overlay, write_text
+from smallrun import COLLECTION, finished_run, registry, write_text
 
 from saezoo import SAE, SAEConfig, load, read_registry
 from saezoo.cli import main
@@ -45,11 +45,7 @@ def refused(result: Result, code: int) -> str:
 @pytest.fixture(scope="module")
 def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two SAEs."""
-    folder = tmp_path_factory.mktemp("finished")
-    overlay = write_overlay(folder, tiny_model_folder)
-    result = saezoo(*arguments(overlay, folder / "run", write_text(folder), "--product", "dense"))
-    assert result.exit_code == 0, result.output
-    return folder / "run"
+    return finished_run(tmp_path_factory.mktemp("finished"), tiny_model_folder)
 
 
 @pytest.fixture

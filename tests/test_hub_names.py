@@ -39,7 +39,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
     }
     with HubServer() as server:
         server.add("peer/saes", REVISION, files)
-        server.add("peer/root", REVISION, {path.name: path for path in (GOLDEN / "saelens_gated").iterdir()})
+        server.add("peer/single", REVISION, {path.name: path for path in (GOLDEN / "saelens_gated").iterdir()})
         server.add("peer/text", REVISION, {"README.md": GOLDEN.parent / "README.md"})
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -67,20 +67,20 @@ def test_only_the_files_of_the_sae_are_fetched(server: HubServer) -> None:
 
 
 def test_the_root_of_a_repository(server: HubServer) -> None:
-    assert load("peer/root").config.activation == "gated"
-    assert load("peer/root", offline=True).config.activation == "gated"
+    assert load("peer/single").config.activation == "gated"
+    assert load("peer/single", offline=True).config.activation == "gated"
 
 
 def test_a_file_that_changed_since_its_first_use(server: HubServer, tmp_path: Path) -> None:
     """The lock file knows what the commit held, whatever the hub says of it now."""
-    load("peer/root")
+    load("peer/single")
     path = lock.lock_path()
     content = json.loads(path.read_text())
     for record in content["files"]:
         record["hash"] = "0" * len(record["hash"])
     path.write_text(json.dumps(content))
     with pytest.raises(DownloadError, match=r"it changed at its source or on its way"):
-        load("peer/root")
+        load("peer/single")
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_what_the_hub_has_not(server: HubServer, name: str, message: str) -> Non
 
 
 def test_offline_without_having_it(server: HubServer) -> None:
-    with pytest.raises(DownloadError, match=r"peer/root in the cache holds none of "):
-        load("peer/root", offline=True)
+    with pytest.raises(DownloadError, match=r"peer/single in the cache holds none of "):
+        load("peer/single", offline=True)
     assert not server.requests
 
 
@@ -123,8 +123,8 @@ def test_what_is_no_name_of_the_hub(server: HubServer, name: str) -> None:
 
 def test_a_hub_that_fails(server: HubServer) -> None:
     server.faults.append(Fault("sae_weights.safetensors", "missing", times=None))
-    with pytest.raises(DownloadError, match=r"the hub has no file peer/root/sae_weights\.safetensors"):
-        load("peer/root")
+    with pytest.raises(DownloadError, match=r"the hub has no file peer/single/sae_weights\.safetensors"):
+        load("peer/single")
 
 
 def test_convert_by_name(server: HubServer, tmp_path: Path) -> None:

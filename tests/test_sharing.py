@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from hubuploads import READER, WRITER, UploadServer
 from huggingface_hub import constants
 from safetensors.torch import load_file
-from smallrun import arguments, write_overlay, write_text
+from smallrun import finished_run
 from torch import Tensor
 
 import saezoo as package
@@ -55,11 +55,7 @@ def refused(result: Result, code: int) -> str:
 @pytest.fixture(scope="module")
 def finished(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two SAEs that nobody changes."""
-    folder = tmp_path_factory.mktemp("finished")
-    overlay = write_overlay(folder, tiny_model_folder)
-    result = saezoo(*arguments(overlay, folder / "run", write_text(folder), "--product", "dense"))
-    assert result.exit_code == 0, result.output
-    return folder / "run"
+    return finished_run(tmp_path_factory.mktemp("finished"), tiny_model_folder)
 
 
 @pytest.fixture
