@@ -122,6 +122,8 @@ def fetch_sae(name: str, *, revision: str | None = None, offline: bool = False) 
     """
     if not is_hub_name(name):
         raise UsageError(f"`{name}` is no name of an SAE on the hub: owner/repository/folder")
+    if revision is not None and (".." in revision or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision)):
+        raise UsageError(f"`{revision}` is no revision of {name}: a commit, a branch or a tag")
     owner, repository, *rest = name.rstrip("/").split("/")
     repo, inside, reach = f"{owner}/{repository}", "/".join(rest), Reach(offline)
     listed = download.listed(repo, revision, reach)

@@ -20,7 +20,6 @@ from saezoo.errors import SaezooError, UsageError
 from saezoo.sae_config import PARAMETERS, SAEConfig, config_from, to_saelens
 from saezoo.weights import Weights
 
-_CLIENT = ("cache_dir", "force_download", "token")
 _EPS = 1e-5  # of layer_norm, as in OpenAI's code and SAELens
 _CARD = """---
 {{ card_data }}
@@ -148,25 +147,26 @@ class SAE(  # type: ignore[call-arg]  # mypy does not see the client's types
         self.save(save_directory, dtype=self.W_enc.dtype)
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls,
+        name: str | Path,
         *,
-        model_id: str,
-        revision: str | None,
-        config: object = None,  # config.json's, which is for the hub alone; cfg.json says more
+        revision: str | None = None,
         subfolder: str = "",
+        local_files_only: bool = False,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-        **client: Any,
     ) -> SAE:
-        unknown = sorted(key for key, value in client.items() if value not in (None, False) and key in _CLIENT)
-        if unknown:
-            raise UsageError(f"`{unknown[0]}` is not supported; use the environment: HF_TOKEN, HF_HUB_CACHE")
-        local = Path(model_id) / subfolder
-        offline = bool(client.get("local_files_only"))
-        name = f"{model_id}/{subfolder}".rstrip("/")
-        found = local if Path(model_id).is_dir() else hub.fetch_sae(name, revision=revision, offline=offline)
-        return from_weights(formats.read(found), str(found), device=device, dtype=dtype)
+        """The SAE in a local folder or a repository of the hub, `owner/repository`, of any format of docs/formats.md.
+
+        Not the mixin's own, which fetches config.json first: that says nothing that is needed, and offline it fails.
+        The token and the cache are those of the environment. Raises as `load`.
+        """
+        local = Path(name) / subfolder
+        if not Path(name).is_dir():
+            whole = f"{name}/{subfolder}".rstrip("/")
+            local = hub.fetch_sae(whole, revision=revision, offline=local_files_only)
+        return from_weights(formats.read(local), str(local), device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"d_in={self.config.d_in}, d_sae={self.config.d_sae}, hook={self.config.hook}"

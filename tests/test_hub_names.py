@@ -13,7 +13,7 @@ from hubserver import Fault, HubServer
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from saezoo import hub, load, lock
+from saezoo import SAE, hub, load, lock
 from saezoo.cli import main
 from saezoo.errors import DownloadError, UsageError
 
@@ -118,6 +118,27 @@ def test_what_is_no_name_of_the_hub(server: HubServer, name: str) -> None:
         hub.fetch_sae(name)
     with pytest.raises(UsageError, match=r"^no folder `"):
         load(name)
+    assert not server.requests
+
+
+@pytest.mark.parametrize("revision", ["../../other", "/etc", "a b", ""])
+def test_what_is_no_revision(server: HubServer, revision: str) -> None:
+    with pytest.raises(UsageError, match=r"is no revision of peer/single: a commit, a branch or a tag$"):
+        SAE.from_pretrained("peer/single", revision=revision, local_files_only=True)
+
+
+def test_a_revision_is_taken(server: HubServer) -> None:
+    assert SAE.from_pretrained("peer/single", revision=REVISION).config.activation == "gated"
+    with pytest.raises(DownloadError, match=r"has no revision"):
+        SAE.from_pretrained("peer/single", revision="d" * 40)
+
+
+def test_from_pretrained_offline(server: HubServer) -> None:
+    """Without the config.json that the hub's mixin would ask for."""
+    before = SAE.from_pretrained("peer/saes", subfolder="saelens_topk")
+    server.requests.clear()
+    again = SAE.from_pretrained("peer/saes", subfolder="saelens_topk", local_files_only=True)
+    assert torch.equal(again.W_dec, before.W_dec)
     assert not server.requests
 
 
