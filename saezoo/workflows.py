@@ -23,7 +23,7 @@ from saezoo.evals import Subject
 from saezoo.evals import evaluate as run_evals
 from saezoo.evals.intervals import FEWEST
 from saezoo.lm import HALF, LanguageModel, depth_of, load_language_model
-from saezoo.loading import load, load_entry, locate, named_dtype
+from saezoo.loading import load, load_entry, named_dtype
 from saezoo.ranks import Ranks, join, leave
 from saezoo.registry import read_registry
 from saezoo.results import Result
@@ -189,11 +189,11 @@ def prepare(
 
 
 def _entries(name: str | Path, layers: str | int | None, layout: str | None, options: Options) -> list[Entry]:
-    """The registry entries that `name` and `layers` mean; none if `name` is a local folder."""
+    """The registry entries that `name` and `layers` mean; none if `name` is a folder, here or perhaps on the hub."""
     registry = read_registry(options.registry)
     if str(name) in registry.collections:
         return registry.find(str(name), "all" if layers is None else layers)
-    if locate(name, offline=options.offline) is None:
+    if not Path(name).exists() and not hub.is_hub_name(str(name)):
         if Path(name).name != str(name):
             raise UsageError(f"no folder {name}")
         return registry.find(str(name))  # says which collections there are

@@ -152,3 +152,10 @@ def test_convert_by_name(server: HubServer, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["convert", NAMES["gemma_scope"], str(tmp_path / "new"), "--to", "saelens"])
     assert done.exit_code == 0, done.output
     assert load(tmp_path / "new").config.activation == "jumprelu"
+
+
+def test_layers_of_one_sae_are_refused_before_anything_is_fetched(server: HubServer) -> None:
+    done = CliRunner().invoke(main, ["eval", "peer/single", "3"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "peer/single is a folder with one SAE; leave the layers and the layout out" in done.stderr
+    assert not server.requests
