@@ -1,0 +1,1 @@
+"""What is known about each feature of an SAE, and the pages that show it."""
