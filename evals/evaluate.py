@@ -115,11 +115,9 @@ class Evaluation:
     ) -> None:
         self.subjects, self.lm, self.protocol = subjects, lm, protocol
         self.scoring = Scoring.of(rows, lm, protocol, seed)
-        context = rows.tokens_RT.shape[1]
-        if context > lm.n_positions:
-            raise UsageError(f"rows of {context} tokens: the model has {lm.n_positions} positions")
-        self.depths = [_depth(subject, lm) for subject in subjects]
-        self.batch = batch_size or max(1, (_GPU_BATCH if lm.device.type == "cuda" else _CPU_BATCH) // context)
+        context = self.scoring.context
+        self.depths = [depth_for(subject, lm) for subject in subjects]
+        self.batch = batch_size or batch_rows(lm, context)
         self.tallies = [Tally.empty(s.sae.config.d_in, s.sae.config.d_sae, context) for s in subjects]
         room = _SAMPLE_BYTES // (4 * lm.d_model * max(1, len(subjects)))
         self._sample_RT = self.scoring.sample(min(_SAMPLE, room))
@@ -138,19 +136,7 @@ class Evaluation:
 
     def identity(self, about: dict[str, Any]) -> dict[str, Any]:
         """What the sums depend on, as JSON values; `about` is added."""
-        scoring = self.scoring
-        return about | {
-            "subjects": [[s.collection, s.layer, str(s.sae.config)] for s in self.subjects],
-            "parameters": [crc(list(s.sae.parameters())) for s in self.subjects],
-            "weights": crc(list(self.lm.hf_model.parameters())),
-            "rows": crc([scoring.tokens_RT, scoring.document_RT]),
-            "protocol": scoring.protocol,
-            "seed": scoring.seed,
-            "batch": self.batch,
-            "device": str(self.lm.device),
-            "dtype": str(self.lm.dtype),
-            "versions": versions(),
-        }
+        return about | identity(self.subjects, self.lm, self.scoring, self.batch)
 
     def results(self, *, text: str = "", model: str = "") -> list[Result]:
         """Metrics and intervals, if all rows are in the tallies."""
@@ -175,7 +161,7 @@ class Evaluation:
         scored_BT = scoring.scored_RT[first:last]
         residuals = self.lm.residuals(scoring.tokens_RT[first:last].to(device), [*self.depths, self.lm.n_layers])
         clean = self._head.clean(residuals[self.lm.n_layers][scored_BT.to(device)])
-        _must_be_finite(clean.lse_n, f"the language model's logits are not finite in rows {first} to {last - 1}")
+        must_be_finite(clean.lse_n, f"the language model's logits are not finite in rows {first} to {last - 1}")
         target_n, has_target_n = scoring.targets(first, last, device)
         ce_n = self._head.cross_entropy(clean.h_nD, clean.lse_n, target_n)
         batch = _Batch(
@@ -194,9 +180,9 @@ class Evaluation:
         """One SAE on one batch. What is scored is what is replaced, so the SAE runs once."""
         sae, tally = self.subjects[i].sae, self.tallies[i]
         h_nD = resid_BTD[batch.scored_BT]
-        _must_be_finite(h_nD, f"the activations at {sae.config.hook} are not finite in {batch.rows}")
+        must_be_finite(h_nD, f"the activations at {sae.config.hook} are not finite in {batch.rows}")
         x_nD, y_nD, code = reconstruct(sae, h_nD)
-        _must_be_finite(y_nD, f"SAE {self.subjects[i].layer} gives values that are not finite in {batch.rows}")
+        must_be_finite(y_nD, f"SAE {self.subjects[i].layer} gives values that are not finite in {batch.rows}")
         spliced_BTD = resid_BTD.clone()
         spliced_BTD[batch.scored_BT] = (y_nD + h_nD.mean(-1, keepdim=True) if sae.config.centre else y_nD).to(
             h_nD.dtype
@@ -239,12 +225,35 @@ class _Batch:
     shared: dict[str, Tensor]
 
 
-def _must_be_finite(tensor: Tensor, message: str) -> None:
+def batch_rows(lm: LanguageModel, context: int) -> int:
+    """Rows at once: 2,048 tokens on a CPU, 32,768 on a GPU."""
+    return max(1, (_GPU_BATCH if lm.device.type == "cuda" else _CPU_BATCH) // context)
+
+
+def identity(subjects: Sequence[Subject], lm: LanguageModel, scoring: Scoring, batch: int) -> dict[str, Any]:
+    """What a pass over the text depends on, as JSON values."""
+    return {
+        "subjects": [[s.collection, s.layer, str(s.sae.config)] for s in subjects],
+        "parameters": [crc(list(s.sae.parameters())) for s in subjects],
+        "weights": crc(list(lm.hf_model.parameters())),
+        "rows": crc([scoring.tokens_RT, scoring.document_RT]),
+        "protocol": scoring.protocol,
+        "seed": scoring.seed,
+        "batch": batch,
+        "device": str(lm.device),
+        "dtype": str(lm.dtype),
+        "versions": versions(),
+    }
+
+
+def must_be_finite(tensor: Tensor, message: str) -> None:
+    """SaezooError with `message` unless all of it is finite."""
     if not bool(tensor.isfinite().all()):
         raise SaezooError(f"{message}; metrics would mean nothing")
 
 
-def _depth(subject: Subject, lm: LanguageModel) -> int:
+def depth_for(subject: Subject, lm: LanguageModel) -> int:
+    """Where in `lm` the SAE reads; UsageError if it does not fit, SaezooError if a parameter is not finite."""
     config = subject.sae.config
     if config.d_in != lm.d_model:
         raise UsageError(f"{subject.layer}: the SAE reads width {config.d_in}, the model has {lm.d_model}")
@@ -252,7 +261,7 @@ def _depth(subject: Subject, lm: LanguageModel) -> int:
         raise UsageError(f"{subject.layer}: cfg.json does not say which hook the SAE reads")
     for name, tensor in subject.sae.named_parameters():
         # A sum is finite only if all terms are. NaN must not get as far as the encoder, where it fires no feature.
-        _must_be_finite(tensor.sum(), f"{name} of SAE {subject.layer} holds values that are not finite")
+        must_be_finite(tensor.sum(), f"{name} of SAE {subject.layer} holds values that are not finite")
     return depth_of(config.hook, lm.n_layers)
 
 

@@ -11,13 +11,13 @@ Shapes: N blocks of documents, G groups of them, R draws, D d_in, F features, C 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from saezoo.evals.metrics import BROKEN_DOWN, METRICS, Sums
+from saezoo.evals.metrics import BROKEN_DOWN, METRICS, Metric, Sums
 from saezoo.results import Measured, measured
 
 DRAWS = 1000
@@ -29,8 +29,10 @@ Statistics = Callable[[Tensor], dict[str, Tensor]]
 """How often each block counts in each draw [R, N] -> each metric's values [R]."""
 
 
-def bootstrap(sums_KN: dict[str, Tensor], x_sum_ND: Tensor, *, seed: int) -> dict[str, Measured]:
-    """Every metric with its interval.
+def bootstrap(
+    sums_KN: dict[str, Tensor], x_sum_ND: Tensor, *, seed: int, metrics: Sequence[Metric] = METRICS
+) -> dict[str, Measured]:
+    """Each of `metrics` with its interval.
 
     `sums_KN`: name -> sum per block of documents [N]; `x_sum_ND`: sum of x per block [N, D]. Blocks without a scored
     token are left out. With fewer than ten blocks the interval is unknown. `ce_mean` and `ce_unigram` keep the mean and
@@ -40,7 +42,7 @@ def bootstrap(sums_KN: dict[str, Tensor], x_sum_ND: Tensor, *, seed: int) -> dic
         full = sums_KN["tokens"] > 0
         sums = {name: column[full] for name, column in sums_KN.items()}
         x_sum_ND = x_sum_ND[full]
-        return studentised(lambda weights_RN: apply(sums, x_sum_ND, weights_RN), sums["tokens"], seed=seed)
+        return studentised(lambda weights_RN: apply(sums, x_sum_ND, weights_RN, metrics), sums["tokens"], seed=seed)
 
 
 def studentised(statistics: Statistics, tokens_N: Tensor, *, seed: int) -> dict[str, Measured]:
@@ -115,12 +117,14 @@ def _student(effective: float) -> float:
     return float(stdtrit(effective - 1, 0.975))
 
 
-def apply(sums: dict[str, Tensor], x_sum_ND: Tensor, weights_RN: Tensor) -> dict[str, Tensor]:
-    """Every metric [R] when each block counts as often as `weights_RN` says."""
+def apply(
+    sums: dict[str, Tensor], x_sum_ND: Tensor, weights_RN: Tensor, metrics: Sequence[Metric] = METRICS
+) -> dict[str, Tensor]:
+    """Each of `metrics` [R] when each block counts as often as `weights_RN` says."""
     totals: dict[str, Tensor] = {name: weights_RN @ column for name, column in sums.items()}
     mean_RD = (weights_RN @ x_sum_ND) / totals["tokens"][:, None]
     view: Sums = {**totals, "mean_x2": mean_RD.square().sum(-1)}
-    return {metric.name: metric.formula(view) for metric in METRICS}
+    return {metric.name: metric.formula(view) for metric in metrics}
 
 
 def alive_again(fires_GF: Tensor, tokens_G: Tensor) -> Measured:

@@ -96,3 +96,7 @@ METRICS = (
     Metric("l0", _mean("l0"), "mean number of features above 0"),
     Metric("l1", _mean("l1"), "mean sum of the features"),
 )
+
+OF_RECONSTRUCTION = tuple(metric for metric in METRICS if not metric.name.startswith(("ce_", "kl_")))
+"""Those that need no forward pass behind the SAE."""
+RECONSTRUCTION_SUMS = tuple(name for name in PER_TOKEN if name != "targets" and not name.startswith(("ce_", "kl_")))

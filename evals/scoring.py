@@ -31,11 +31,14 @@ class Scoring:
 
     @classmethod
     def of(cls, rows: Rows, lm: LanguageModel, protocol: Protocol, seed: int) -> Scoring:
-        """`standard` scores all but special tokens, `feb2024` all. UsageError for tokens that the model lacks."""
+        """`standard` scores all but special tokens, `feb2024` all. UsageError for tokens or positions that the
+        model lacks."""
         tokens_RT = torch.from_numpy(rows.tokens_RT)
         if int(tokens_RT.max()) >= lm.vocab:
             largest = int(tokens_RT.max())
             raise UsageError(f"token {largest} of a model with {lm.vocab}: its folder holds another model's tokenizer")
+        if tokens_RT.shape[1] > lm.n_positions:
+            raise UsageError(f"rows of {tokens_RT.shape[1]} tokens: the model has {lm.n_positions} positions")
         special_RT = torch.isin(tokens_RT, torch.tensor(sorted(lm.special_ids)))
         scored_RT = torch.ones_like(special_RT) if protocol == "feb2024" else ~special_RT
         tenth_V = tenths(torch.bincount(tokens_RT[scored_RT], minlength=lm.vocab))

@@ -72,9 +72,7 @@ class Tally:
         """One batch: per-token values [n] by name, the activations, and the firings in each group of documents."""
         values_nK = torch.stack([values[name].double().cpu() for name in PER_TOKEN], dim=1)
         self.sums_NK.index_add_(0, places.block_n, values_nK)
-        blocks, place_n = torch.unique(places.block_n, return_inverse=True)
-        member_bn = torch.nn.functional.one_hot(place_n).T.to(x_nD.device, torch.float64)
-        self.x_sum_ND.index_add_(0, blocks, (member_bn @ x_nD.double()).cpu())
+        add_by_block(self.x_sum_ND, x_nD, places.block_n)
         self.fires_GF.add_(fires_GF.cpu())
         shown_nP = values_nK[:, [PER_TOKEN.index(name) for name in BROKEN_DOWN]]
         group_n = places.block_n % GROUPS
@@ -99,3 +97,10 @@ class Tally:
     def column(self, name: str) -> Tensor:
         """One of the `PER_TOKEN` sums [N]."""
         return self.sums_NK[:, PER_TOKEN.index(name)]
+
+
+def add_by_block(total_ND: Tensor, x_nD: Tensor, block_n: Tensor) -> None:
+    """Add each row of x to that of its block, in float64; by a product, for `index_add_` takes rows one by one."""
+    blocks, place_n = torch.unique(block_n, return_inverse=True)
+    member_bn = torch.nn.functional.one_hot(place_n).T.to(x_nD.device, torch.float64)
+    total_ND.index_add_(0, blocks, (member_bn @ x_nD.double()).cpu())

@@ -34,6 +34,14 @@ class Gradients(NamedTuple):
     W_dec_FD: Tensor
 
 
+class Pairs(NamedTuple):
+    """The features above 0 of one batch, each [N]."""
+
+    feature_N: Tensor
+    token_N: Tensor
+    value_N: Tensor
+
+
 class Code(Protocol):
     """The activations f of one batch, in some form."""
 
@@ -44,6 +52,9 @@ class Code(Protocol):
 
     def decode(self, W_dec_FD: Tensor) -> Tensor:
         """sum_i f_i W_dec_i [B, D], without b_dec."""
+
+    def pairs(self) -> Pairs:
+        """What is above 0, sorted by feature and then by token."""
 
     def per_token(self) -> tuple[Tensor, Tensor]:
         """(features above 0, int64; sum of the features) of each token [B]."""
@@ -80,6 +91,15 @@ class Dense:
         for features, f_BC in self._blocks():
             x_hat_BD += linear(f_BC, W_dec_FD[features].T)
         return x_hat_BD
+
+    def pairs(self) -> Pairs:
+        """As `Code` says."""
+        found = []
+        for features, f_BC in self._blocks():
+            f_CB = f_BC.T
+            feature_N, token_N = (f_CB > 0).nonzero(as_tuple=True)
+            found.append((feature_N + features.start, token_N, f_CB[feature_N, token_N]))
+        return Pairs(*(torch.cat(column) for column in zip(*found, strict=True)))
 
     def per_token(self) -> tuple[Tensor, Tensor]:
         """As `Code` says."""
@@ -119,6 +139,10 @@ class Sparse:
         order_N = torch.sort(self._token_N, stable=True).indices
         ends_B1 = _ends(torch.bincount(self._token_N, minlength=len(self._x_BD)))
         return weighted_sums(W_dec_FD, self._feature_N[order_N], self._value_N[order_N], ends_B1)
+
+    def pairs(self) -> Pairs:
+        """As `Code` says."""
+        return Pairs(self._feature_N, self._token_N, self._value_N)
 
     def per_token(self) -> tuple[Tensor, Tensor]:
         """As `Code` says."""

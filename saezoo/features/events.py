@@ -63,7 +63,7 @@ class Writer:
         feature_N, token_N, value_N = (torch.cat(column) for column in zip(*self._waiting, strict=True))
         order_N = torch.sort(feature_N, stable=True).indices
         ends = np.concatenate([[0], np.cumsum(np.bincount(feature_N.numpy(), minlength=self._n_features))])
-        tensors = {
+        tensors: dict[str, NDArray[Any]] = {
             "ends": ends.astype(np.int64),
             "token": token_N[order_N].numpy().astype(np.uint32),
             "value": value_N[order_N].numpy(),

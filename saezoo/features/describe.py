@@ -1,0 +1,176 @@
+"""What a feature's firings say about it. All of it is exact and deterministic: ties go to the earlier token or the lower
+id, and draws are the firings whose hash of (seed, feature, place in the text) is smallest, whatever the batch size.
+
+Shapes: M tokens of the text (row x context + position), T positions of a row, N firings, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saezoo.evals.scoring import Scoring
+from saezoo.features.divergence import divergence
+from saezoo.features.events import Firings
+from saezoo.features.records import Example, Feature, Histogram, Quantile, TokenStat
+
+Integers = NDArray[np.int64]
+
+TOP = 20
+"""Contexts with the largest activations."""
+QUANTILES = 5
+DRAWN = 5
+"""Examples from each quantile."""
+MIDDLE = slice(1, 4)
+"""The quantiles that the top examples are compared with."""
+BINS = 50
+TOKENS = 10
+"""Rows of a table of tokens."""
+FEWEST_OCCURRENCES = 5
+"""Of a token that is ranked by its mean activation: the mean over fewer says little."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text, flat."""
+
+    tokens_M: Integers
+    documents_M: Integers
+    occurrences_V: Integers
+    """Scored tokens of each kind."""
+    scored: int
+    context: int
+    seed: int
+
+    @classmethod
+    def of(cls, scoring: Scoring) -> Text:
+        """Of the rows that were scored."""
+        tokens_M = scoring.tokens_RT.numpy().reshape(-1)
+        scored_M = scoring.scored_RT.numpy().reshape(-1)
+        return cls(
+            tokens_M,
+            scoring.document_RT.numpy().reshape(-1),
+            np.bincount(tokens_M[scored_M], minlength=scoring.vocab),
+            int(scored_M.sum()),
+            scoring.context,
+            scoring.seed,
+        )
+
+
+def describe(index: int, firings: Firings, text: Text) -> Feature:
+    """What can be said from a feature's firings alone; its weights and partners are added by `directions` and others."""
+    value_N, n = firings.value_N, len(firings.value_N)
+    if n == 0:
+        return Feature(index, 0, 0.0, None, None, None)
+    order_N = np.argsort(-value_N, kind="stable")
+    top = [_example(firings, i, text) for i in _top_rows(order_N, firings.token_N // text.context)]
+    ends = [n * q // QUANTILES for q in range(QUANTILES + 1)]
+    groups = [order_N[start:stop] for start, stop in zip(ends, ends[1:], strict=False)]
+    hash_N = hashes(firings.token_N, seed=text.seed, feature=index)
+    by_mean, by_share = token_stats(firings, text)
+    middle_N = np.concatenate(groups[MIDDLE])
+    top_token_K = np.array([example.row * text.context + example.position for example in top])
+    middle_token_N = firings.token_N[middle_N]
+    return Feature(
+        index=index,
+        fires=n,
+        density=n / text.scored,
+        mean=float(value_N.mean(dtype=np.float64)),
+        max=float(value_N[order_N[0]]),
+        histogram=histogram(value_N),
+        top=tuple(top),
+        quantiles=tuple(_quantile(firings, group, hash_N, text) for group in groups if len(group)),
+        tokens_by_mean=by_mean,
+        tokens_by_share=by_share,
+        divergence=divergence(
+            text.tokens_M[top_token_K],
+            text.documents_M[top_token_K],
+            text.tokens_M[middle_token_N],
+            text.documents_M[middle_token_N],
+        ),
+    )
+
+
+def histogram(value_N: NDArray[np.float32], bins: int = BINS) -> Histogram:
+    """Counts in equal bins from the smallest to the largest value. If all are equal they are in the last."""
+    lo, hi = float(value_N.min()), float(value_N.max())
+    place_N = np.full(len(value_N), bins - 1)
+    if hi > lo:
+        place_N = np.minimum(((value_N.astype(np.float64) - lo) / (hi - lo) * bins).astype(np.int64), bins - 1)
+    return Histogram(lo, hi, tuple(np.bincount(place_N, minlength=bins).tolist()))
+
+
+def hashes(token_N: Integers, *, seed: int, feature: int) -> NDArray[np.uint64]:
+    """A number for each place in the text, as good as random (splitmix64: Steele, Lea and Flood 2014)."""
+    with np.errstate(over="ignore"):
+        start = _mixed(np.uint64(seed) * _GOLDEN + np.uint64(feature + 1) * _OTHER)
+        return _mixed(token_N.astype(np.uint64) * _GOLDEN + start)
+
+
+_GOLDEN, _OTHER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03)
+
+
+def _mixed(x: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)))
+
+
+def token_stats(firings: Firings, text: Text) -> tuple[tuple[TokenStat, ...], tuple[TokenStat, ...]]:
+    """The kinds of tokens with the largest mean activation, and with the largest share of it."""
+    id_N = text.tokens_M[firings.token_N]
+    sum_V = np.bincount(id_N, weights=firings.value_N, minlength=len(text.occurrences_V))
+    fires_V = np.bincount(id_N, minlength=len(text.occurrences_V))
+    kind_K = np.flatnonzero(fires_V)
+    mean_K, total = sum_V[kind_K] / text.occurrences_V[kind_K], sum_V.sum()
+
+    def stats(chosen: Integers) -> tuple[TokenStat, ...]:
+        return tuple(
+            TokenStat(
+                int(kind_K[k]),
+                float(mean_K[k]),
+                float(sum_V[kind_K[k]] / total),
+                int(fires_V[kind_K[k]]),
+                int(text.occurrences_V[kind_K[k]]),
+            )
+            for k in chosen
+        )
+
+    often_K = np.flatnonzero(text.occurrences_V[kind_K] >= FEWEST_OCCURRENCES)
+    return stats(often_K[largest(mean_K[often_K], TOKENS)]), stats(largest(sum_V[kind_K], TOKENS))
+
+
+def largest(x_K: NDArray[np.floating], most: int) -> Integers:
+    """Places of the `most` largest, largest first; of equal ones the first."""
+    return np.argsort(-x_K, kind="stable")[:most]
+
+
+def _top_rows(order_N: Integers, row_N: Integers) -> list[int]:
+    """The strongest firing of each of the `TOP` rows with the strongest, strongest first."""
+    found: dict[int, int] = {}
+    for i in order_N:
+        if len(found) == TOP:
+            break
+        found.setdefault(int(row_N[i]), int(i))
+    return list(found.values())
+
+
+def _quantile(firings: Firings, group: Integers, hash_N: NDArray[np.uint64], text: Text) -> Quantile:
+    """`group`: places of these firings, strongest first."""
+    drawn = np.sort(np.argsort(hash_N[group], kind="stable")[:DRAWN])
+    examples = tuple(_example(firings, int(group[i]), text) for i in drawn)
+    return Quantile(float(firings.value_N[group[-1]]), float(firings.value_N[group[0]]), len(group), examples)
+
+
+def _example(firings: Firings, i: int, text: Text) -> Example:
+    """The i-th firing, with its row."""
+    row, position = divmod(int(firings.token_N[i]), text.context)
+    first = row * text.context
+    start, stop = np.searchsorted(firings.token_N, [first, first + text.context])
+    values_T = np.zeros(text.context, dtype=np.float32)
+    values_T[firings.token_N[start:stop] - first] = firings.value_N[start:stop]
+    tokens_T = text.tokens_M[first : first + text.context]
+    return Example(row, position, int(text.documents_M[first + position]), tokens_T, values_T)

@@ -1,0 +1,113 @@
+"""What a feature's decoder direction says: which logits it raises, and which other features point the same way.
+
+The residual stream reaches the logits through the final layer norm, logits = W_U (gain * (r - mean r) / std r + bias).
+Its division by std r differs from token to token and is left out, as everybody does: a logit here is what one unit of
+the feature adds where std r is 1. The gain and the subtraction of the mean are folded into W_U; the mean over the
+vocabulary is taken off, for the softmax does not see it. TransformerLens folds and centres the same by default.
+
+Shapes: F features, C features of one block, D d_in, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saezoo.codes import blocks
+from saezoo.features.describe import BINS, TOKENS
+from saezoo.features.records import Histogram, Logits, Neighbour, Weighted
+from saezoo.lm import LanguageModel
+from saezoo.products import linear
+
+NEIGHBOURS = 5
+"""In each layer."""
+_BLOCK_BYTES = 128 << 20  # of one block of logits or cosines, float32
+
+
+@torch.inference_mode()
+def unembedding(lm: LanguageModel) -> Tensor:
+    """W_U [D, V] in float32, with the final layer norm folded in, centred over D and over V."""
+    gain_D = lm.hf_model.transformer.ln_f.weight.double()
+    W_U_DV = lm.hf_model.lm_head.weight.double().T * gain_D[:, None]
+    W_U_DV = W_U_DV - W_U_DV.mean(0, keepdim=True)
+    return (W_U_DV - W_U_DV.mean(1, keepdim=True)).float()
+
+
+@torch.inference_mode()
+def logits(W_dec_FD: Tensor, W_U_DV: Tensor, features: Sequence[int]) -> Iterator[Logits | None]:
+    """Of each of `features` in turn."""
+    size = max(1, _BLOCK_BYTES // (4 * W_U_DV.shape[1]))
+    W_U_VD = W_U_DV.T.contiguous()
+    for block in blocks(len(features), size):
+        chosen_CD = W_dec_FD[list(features[block])].float()
+        yield from _of_block(linear(chosen_CD, W_U_VD), chosen_CD.abs().amax(1) > 0)
+
+
+def _of_block(logit_CV: Tensor, known_C: Tensor) -> list[Logits | None]:
+    top, bottom = _largest(logit_CV), _largest(-logit_CV)
+    lo_C1, hi_C1 = logit_CV.aminmax(dim=1, keepdim=True)
+    scale_C1 = BINS / (hi_C1 - lo_C1).clamp(min=torch.finfo(logit_CV.dtype).tiny)
+    place_CV = ((logit_CV - lo_C1) * scale_C1).long().clamp(max=BINS - 1)
+    counts_CB = torch.zeros(len(logit_CV), BINS, dtype=torch.long, device=logit_CV.device)
+    counts_CB.scatter_add_(1, place_CV, torch.ones_like(place_CV))
+    z_CV = logit_CV - logit_CV.mean(1, keepdim=True)
+    square_CV = z_CV.square()
+    m2_C, m4_C = square_CV.double().mean(1), square_CV.square().mean(1, dtype=torch.float64)
+    m3_C = square_CV.mul_(z_CV).mean(1, dtype=torch.float64)
+    moments = torch.stack([m2_C.sqrt(), m3_C / m2_C**1.5, m4_C / m2_C**2 - 3], dim=1).tolist()
+    found: list[Logits | None] = []
+    ends = torch.cat([lo_C1, hi_C1], dim=1).tolist()
+    for i, known in enumerate(known_C.tolist()):
+        std, skew, kurtosis = moments[i]
+        histogram = Histogram(ends[i][0], ends[i][1], tuple(counts_CB[i].tolist()))
+        suppressed = tuple(Weighted(token, -logit) for token, logit in bottom[i])
+        shape = (skew, kurtosis) if std > 0 else (None, None)
+        found.append(Logits(top[i], suppressed, histogram, std, *shape) if known else None)
+    return found
+
+
+def _largest(x_CV: Tensor) -> list[tuple[Weighted, ...]]:
+    """The `TOKENS` largest of each row, largest first; of equal ones the lowest id."""
+    most = min(TOKENS, x_CV.shape[1])
+    least_C = x_CV.topk(most, dim=1).values[:, -1]
+    rows = []
+    for x_V, least in zip(x_CV, least_C, strict=True):
+        candidate_K = (x_V >= least).nonzero().squeeze(1)  # more than `most` only if several equal the last
+        order_K = torch.sort(x_V[candidate_K], descending=True, stable=True).indices[:most]
+        ids, values = candidate_K[order_K].tolist(), x_V[candidate_K[order_K]].tolist()
+        rows.append(tuple(map(Weighted, ids, values)))
+    return rows
+
+
+@torch.inference_mode()
+def neighbours(
+    layer: str, decoders: Mapping[str, Tensor], features: Sequence[int], near: Sequence[str]
+) -> Iterator[tuple[Neighbour, ...]]:
+    """Of each of `features` of `layer` in turn: the nearest by cosine of W_dec in each layer of `near`, nearest first.
+
+    `decoders`: W_dec [F, D] of each layer. A direction of 0 is nobody's neighbour and has none.
+    """
+    unit = {name: _unit(decoders[name]) for name in {layer, *near}}
+    widest = max(len(unit[name]) for name in near)
+    for block in blocks(len(features), max(1, _BLOCK_BYTES // (4 * widest))):
+        chosen = list(features[block])
+        found: list[list[Neighbour]] = [[] for _ in chosen]
+        for name in near:
+            cosine_CF = linear(unit[layer][chosen], unit[name])
+            if name == layer:
+                cosine_CF[range(len(chosen)), chosen] = -torch.inf
+            cosine_CF[:, unit[name].abs().amax(1) == 0] = -torch.inf
+            values, indices = cosine_CF.topk(min(NEIGHBOURS, len(unit[name])), dim=1)
+            for i, (cosines, ids) in enumerate(zip(values.tolist(), indices.tolist(), strict=True)):
+                pairs = sorted(zip(ids, cosines, strict=True), key=lambda pair: (-pair[1], pair[0]))
+                found[i] += [Neighbour(name, j, cosine) for j, cosine in pairs if np.isfinite(cosine)]
+        own = unit[layer][chosen].abs().amax(1) > 0
+        yield from (tuple(row) if known else () for row, known in zip(found, own.tolist(), strict=True))
+
+
+def _unit(W_FD: Tensor) -> Tensor:
+    W_FD = W_FD.float()
+    return W_FD / W_FD.norm(dim=1, keepdim=True).clamp(min=1e-30)
