@@ -1,13 +1,17 @@
-"""What a feature's firings say about it. All of it is exact and deterministic: ties go to the earlier token or the lower
-id, and draws are the firings whose hash of (seed, feature, place in the text) is smallest, whatever the batch size.
+"""What a feature's firings say about it: exact, and the same at each run.
+
+Ties go to the earlier token or the lower id. Draws are the firings whose hash of (seed, feature, place in the text) is
+smallest, whatever the batch size and the number of processes.
 
 Shapes: M tokens of the text (row x context + position), T positions of a row, N firings, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +28,6 @@ TOP = 20
 QUANTILES = 5
 DRAWN = 5
 """Examples from each quantile."""
-MIDDLE = slice(1, 4)
-"""The quantiles that the top examples are compared with."""
 BINS = 50
 TOKENS = 10
 """Rows of a table of tokens."""
@@ -61,19 +63,26 @@ class Text:
 
 
 def describe(index: int, firings: Firings, text: Text) -> Feature:
-    """What can be said from a feature's firings alone; its weights and partners are added by `directions` and others."""
+    """What can be said from a feature's firings alone; its weights' and its partners' part is None or empty."""
     value_N, n = firings.value_N, len(firings.value_N)
     if n == 0:
         return Feature(index, 0, 0.0, None, None, None)
     order_N = np.argsort(-value_N, kind="stable")
-    top = [_example(firings, i, text) for i in _top_rows(order_N, firings.token_N // text.context)]
+    top_K = _top_rows(order_N, firings.token_N // text.context)
     ends = [n * q // QUANTILES for q in range(QUANTILES + 1)]
-    groups = [order_N[start:stop] for start, stop in zip(ends, ends[1:], strict=False)]
+    groups = [order_N[start:stop] for start, stop in itertools.pairwise(ends) if stop > start]
     hash_N = hashes(firings.token_N, seed=text.seed, feature=index)
+    drawn = [group[np.sort(np.argsort(hash_N[group], kind="stable")[:DRAWN])] for group in groups]
+    examples = iter(_examples(firings, np.concatenate([top_K, *drawn]), text))
+    top = tuple(itertools.islice(examples, len(top_K)))
+    quantiles = tuple(
+        Quantile(
+            float(value_N[group[-1]]), float(value_N[group[0]]), len(group), tuple(itertools.islice(examples, len(d)))
+        )
+        for group, d in zip(groups, drawn, strict=True)
+    )
     by_mean, by_share = token_stats(firings, text)
-    middle_N = np.concatenate(groups[MIDDLE])
-    top_token_K = np.array([example.row * text.context + example.position for example in top])
-    middle_token_N = firings.token_N[middle_N]
+    top_token_K, middle_token_N = firings.token_N[top_K], firings.token_N[order_N[ends[1] : ends[4]]]
     return Feature(
         index=index,
         fires=n,
@@ -81,8 +90,8 @@ def describe(index: int, firings: Firings, text: Text) -> Feature:
         mean=float(value_N.mean(dtype=np.float64)),
         max=float(value_N[order_N[0]]),
         histogram=histogram(value_N),
-        top=tuple(top),
-        quantiles=tuple(_quantile(firings, group, hash_N, text) for group in groups if len(group)),
+        top=top,
+        quantiles=tuple(quantiles),
         tokens_by_mean=by_mean,
         tokens_by_share=by_share,
         divergence=divergence(
@@ -143,34 +152,29 @@ def token_stats(firings: Firings, text: Text) -> tuple[tuple[TokenStat, ...], tu
     return stats(often_K[largest(mean_K[often_K], TOKENS)]), stats(largest(sum_V[kind_K], TOKENS))
 
 
-def largest(x_K: NDArray[np.floating], most: int) -> Integers:
+def largest(x_K: NDArray[Any], most: int) -> Integers:
     """Places of the `most` largest, largest first; of equal ones the first."""
     return np.argsort(-x_K, kind="stable")[:most]
 
 
-def _top_rows(order_N: Integers, row_N: Integers) -> list[int]:
+def _top_rows(order_N: Integers, row_N: Integers) -> Integers:
     """The strongest firing of each of the `TOP` rows with the strongest, strongest first."""
     found: dict[int, int] = {}
     for i in order_N:
         if len(found) == TOP:
             break
         found.setdefault(int(row_N[i]), int(i))
-    return list(found.values())
+    return np.array(list(found.values()))
 
 
-def _quantile(firings: Firings, group: Integers, hash_N: NDArray[np.uint64], text: Text) -> Quantile:
-    """`group`: places of these firings, strongest first."""
-    drawn = np.sort(np.argsort(hash_N[group], kind="stable")[:DRAWN])
-    examples = tuple(_example(firings, int(group[i]), text) for i in drawn)
-    return Quantile(float(firings.value_N[group[-1]]), float(firings.value_N[group[0]]), len(group), examples)
-
-
-def _example(firings: Firings, i: int, text: Text) -> Example:
-    """The i-th firing, with its row."""
-    row, position = divmod(int(firings.token_N[i]), text.context)
-    first = row * text.context
-    start, stop = np.searchsorted(firings.token_N, [first, first + text.context])
-    values_T = np.zeros(text.context, dtype=np.float32)
-    values_T[firings.token_N[start:stop] - first] = firings.value_N[start:stop]
-    tokens_T = text.tokens_M[first : first + text.context]
-    return Example(row, position, int(text.documents_M[first + position]), tokens_T, values_T)
+def _examples(firings: Firings, chosen_K: Integers, text: Text) -> Iterator[Example]:
+    """Firings, by their places, with their rows."""
+    row_K, position_K = np.divmod(firings.token_N[chosen_K], text.context)
+    first_K = row_K * text.context
+    start_K, stop_K = np.searchsorted(firings.token_N, [first_K, first_K + text.context])
+    facts = zip(*(x.tolist() for x in (row_K, position_K, first_K, start_K, stop_K)), strict=True)
+    for row, position, first, start, stop in facts:
+        values_T = np.zeros(text.context, dtype=np.float32)
+        values_T[firings.token_N[start:stop] - first] = firings.value_N[start:stop]
+        tokens_T = text.tokens_M[first : first + text.context]
+        yield Example(row, position, int(text.documents_M[first + position]), tokens_T, values_T)

@@ -33,7 +33,8 @@ def unembedding(lm: LanguageModel) -> Tensor:
     gain_D = lm.hf_model.transformer.ln_f.weight.double()
     W_U_DV = lm.hf_model.lm_head.weight.double().T * gain_D[:, None]
     W_U_DV = W_U_DV - W_U_DV.mean(0, keepdim=True)
-    return (W_U_DV - W_U_DV.mean(1, keepdim=True)).float()
+    centred_DV: Tensor = W_U_DV - W_U_DV.mean(1, keepdim=True)
+    return centred_DV.float()
 
 
 @torch.inference_mode()
@@ -110,4 +111,5 @@ def neighbours(
 
 def _unit(W_FD: Tensor) -> Tensor:
     W_FD = W_FD.float()
-    return W_FD / W_FD.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    unit_FD: Tensor = W_FD / W_FD.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    return unit_FD
