@@ -24,8 +24,9 @@ def note(message: str) -> None:
 class Progress:
     """Progress on stderr that appears with the first call: a bar on a terminal, else a line every ten seconds."""
 
-    def __init__(self, label: str) -> None:
-        self._label = label
+    def __init__(self, label: str, unit: str = "tokens") -> None:
+        """`unit`: what is counted."""
+        self._label, self._unit = label, unit
         self._bar: Any = None
         self._task: Any = None
         self._first: tuple[float, int] | None = None
@@ -43,7 +44,7 @@ class Progress:
             self._line(done, total, status)
             return
         if self._bar is None:
-            self._bar = _new_bar()
+            self._bar = _new_bar(self._unit)
             self._task = self._bar.add_task(self._label, total=total, status="")
             self._bar.start()
         self._bar.update(self._task, completed=done, status=status)
@@ -59,17 +60,17 @@ class Progress:
         self._next_line = now + 10
         speed = (done - self._first[1]) / (now - self._first[0])
         left = (total - done) / max(speed, 1e-9)
-        note(f"{self._label} {done / total:.0%}, {speed:,.0f} tokens/s, {left:,.0f} s left  {status}".rstrip())
+        note(f"{self._label} {done / total:.0%}, {speed:,.0f} {self._unit}/s, {left:,.0f} s left  {status}".rstrip())
 
 
-def _new_bar() -> Any:
+def _new_bar(unit: str) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     class Speed(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text("" if task.speed is None else f"{task.speed:,.0f} tokens/s")
+            return Text("" if task.speed is None else f"{task.speed:,.0f} {unit}/s")
 
     columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.percentage:>3.0f}%"), Speed())
     return Progress(

@@ -85,7 +85,7 @@ def evaluate(
     Under torchrun the ranks share the rows, and rank 0 alone gets the results; the others get [].
     Raises SaezooError of some kind for everything a user can get wrong.
     """
-    with _together(options or Options()) as (ranks, options):
+    with together(options or Options()) as (ranks, options):
         task = prepare(name, layers, tokens=tokens, protocol=protocol, model=model, layout=layout, options=options)
         total = task.rows.tokens_RT.size
         results = run_evals(
@@ -110,7 +110,7 @@ def evaluate(
 
 
 @contextmanager
-def _together(options: Options) -> Iterator[tuple[Ranks, Options]]:
+def together(options: Options) -> Iterator[tuple[Ranks, Options]]:
     """This process's place under torchrun, and its options: a device of its own, and silence but on rank 0."""
     named_dtype(options.dtype)
     check_device(options.device)

@@ -50,8 +50,9 @@ def logits(W_dec_FD: Tensor, W_U_DV: Tensor, features: Sequence[int]) -> Iterato
 def _of_block(logit_CV: Tensor, known_C: Tensor) -> list[Logits | None]:
     top, bottom = _largest(logit_CV), _largest(-logit_CV)
     lo_C1, hi_C1 = logit_CV.aminmax(dim=1, keepdim=True)
-    scale_C1 = BINS / (hi_C1 - lo_C1).clamp(min=torch.finfo(logit_CV.dtype).tiny)
-    place_CV = ((logit_CV - lo_C1) * scale_C1).long().clamp(max=BINS - 1)
+    width_C1 = hi_C1 - lo_C1
+    place_CV = ((logit_CV - lo_C1) / width_C1.clamp(min=1e-30) * BINS).long().clamp(max=BINS - 1)
+    place_CV.masked_fill_(width_C1 == 0, BINS - 1)  # as in `describe.histogram`
     counts_CB = torch.zeros(len(logit_CV), BINS, dtype=torch.long, device=logit_CV.device)
     counts_CB.scatter_add_(1, place_CV, torch.ones_like(place_CV))
     z_CV = logit_CV - logit_CV.mean(1, keepdim=True)

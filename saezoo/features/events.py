@@ -104,6 +104,8 @@ class Events:
         pieces: list[list[Firings]] = [[] for _ in range(start, stop)]
         for file, ends in zip(self._files, self._ends, strict=True):
             first, last = int(ends[start]), int(ends[stop])
+            if first == last:
+                continue  # safetensors refuses an empty slice at the end
             token_N, value_N = (file.get_slice(name)[first:last] for name in ("token", "value"))
             for i, piece in enumerate(pieces):
                 own = slice(int(ends[start + i]) - first, int(ends[start + i + 1]) - first)
