@@ -61,9 +61,10 @@ def moments(events: Events) -> Moments:
 
 def with_neurons(sums: Sums, of: Moments, features: Sequence[int], tokens: int, k: int = 3) -> Correlates:
     """With the entries of x, over `tokens` scored tokens."""
-    f = Moments(of.sum_F[features], of.square_F[features])
+    own = list(features)
+    f = Moments(of.sum_F[own], of.square_F[own])
     x = Moments(sums.x_sum_D, sums.x2_sum_D)
-    return _largest(*_both(sums.fx_sum_FD[features], f, x, tokens), k)
+    return _largest(*_both(sums.fx_sum_FD[own], f, x, tokens), k)
 
 
 def with_features(events: Events, of: Moments, features: Sequence[int], tokens: int, k: int = 3) -> Correlates:
@@ -81,7 +82,13 @@ def with_features(events: Events, of: Moments, features: Sequence[int], tokens: 
 
 
 def _between(
-    rows: csr_matrix, columns: csr_matrix, of: Moments, own: tuple[int, int], other: tuple[int, int], tokens: int, k: int
+    rows: csr_matrix,
+    columns: csr_matrix,
+    of: Moments,
+    own: tuple[int, int],
+    other: tuple[int, int],
+    tokens: int,
+    k: int,
 ) -> Correlates:
     """Of the features own[0]..own[1]-1, among other[0]..other[1]-1."""
     size = max(rows.shape[1], columns.shape[1])
@@ -122,13 +129,14 @@ def _both(product: Doubles, x: Moments, y: Moments, tokens: int) -> tuple[Double
 
 def _largest(pearson: Doubles, cosine: Doubles, k: int) -> Correlates:
     index = torch.from_numpy(pearson).topk(min(k, pearson.shape[1])).indices.numpy()
-    return _in_order(Correlates(index, *(np.take_along_axis(part, index, axis=1) for part in (pearson, cosine))), k)
+    top, their_cosine = (np.take_along_axis(part, index, axis=1) for part in (pearson, cosine))
+    return _in_order(Correlates(index, top, their_cosine), k)
 
 
 def _in_order(found: Correlates, k: int) -> Correlates:
     """Largest first, equal ones by index; the first k."""
     order = np.lexsort((found.index_nK, -found.pearson_nK), axis=1)[:, :k]
-    return Correlates(*(np.take_along_axis(part, order, axis=1) for part in found))
+    return Correlates(*(np.take_along_axis(part, order, axis=1) for part in found))  # type: ignore[arg-type]
 
 
 def _merged(parts: list[Correlates], k: int) -> Correlates:
