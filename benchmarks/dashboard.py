@@ -1,0 +1,309 @@
+"""Dashboards of tiny-res layer 2: saezoo beside SAEDashboard 0.8.0, same features and tokens, in one run.
+
+    python benchmarks/dashboard.py --peer-python PYTHON_WITH_SAEDASHBOARD [--features 256] [--tokens 65536]
+    python benchmarks/dashboard.py --peer-python PYTHON_WITH_SAEDASHBOARD --agree
+
+SAEDashboard runs as its own NeuronpediaRunner runs it: 128 features at a time, 32 rows at once, activations cached on
+disk, one `batch-N.json` for each 128 features; loading is not counted. `saezoo export` is the same of ours: the pass
+over the text and the batches. `saezoo dashboard` is one command line, with everything in it: starting Python, loading,
+the pass, the site and both exports. Prints how many times as long SAEDashboard takes; appends to results/dashboard.csv.
+--agree compares every field of the two exports instead, and appends to results/dashboard_agreement.csv. SAEDashboard
+correlates within a batch, and counts special tokens when it correlates: for these fields ours is run in the same way,
+on each batch as if it were an SAE, with all tokens scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import RESULTS, ROOT, append, device_name, in_fresh_process, versions
+
+COLLECTION, LAYER, HOOK = "tiny-res", 2, "blocks.2.hook_resid_pre"
+FEATURES_AT_ONCE, ROWS_AT_ONCE = 128, 32  # defaults of SAEDashboard's NeuronpediaRunnerConfig
+PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "sae_dashboard")
+
+
+def task(tokens: int) -> Any:
+    """What `saezoo dashboard` works on: SAE, language model and rows."""
+    from saezoo.workflows import Options, prepare
+
+    options = Options(offline=True)
+    return prepare(COLLECTION, LAYER, tokens=tokens, protocol="standard", model=None, layout=None, options=options)
+
+
+def run_saedashboard(args: argparse.Namespace) -> dict[str, Any]:
+    """In this process; `batch-N.json` into args.out."""
+    import torch
+    from sae_dashboard.neuronpedia.neuronpedia_converter import NeuronpediaConverter
+    from sae_dashboard.neuronpedia.neuronpedia_runner_config import NeuronpediaRunnerConfig
+    from sae_dashboard.sae_vis_runner import SaeVisRunner
+    from sae_lens import SAE
+
+    from saezoo.hooked import hooked_model
+
+    found = task(args.tokens)
+    model = hooked_model(found.lm.hf_model, found.lm.tokenizer)
+    sae = SAE.load_from_disk(ROOT / "saezoo" / "bundled" / COLLECTION / HOOK, device="cpu", dtype="float32")
+    tokens_RT = torch.from_numpy(found.rows.tokens_RT)
+    config = NeuronpediaRunnerConfig(sae_set="res", sae_path="", outputs_dir="", n_prompts_total=len(tokens_RT))
+    config.n_tokens_in_prompt, config.model_id, config.layer = tokens_RT.shape[1], "tiny-lm", LAYER
+    config.huggingface_dataset_path = "builtin:heldout"
+    vocabulary = vocab_dict(model)
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache, torch.no_grad():
+        for batch, start in enumerate(range(0, args.features, FEATURES_AT_ONCE)):
+            features = list(range(start, min(start + FEATURES_AT_ONCE, args.features)))
+            data = SaeVisRunner(vis_config(model, features, Path(cache))).run(sae, model, tokens_RT)
+            text = NeuronpediaConverter.convert_to_np_json(model, data, config, vocabulary)
+            (args.out / f"batch-{batch}.json").write_text(text, encoding="utf-8")
+    return {"seconds": round(time.perf_counter() - begin, 2), "pass_s": ""}
+
+
+def vis_config(model: Any, features: list[int], cache: Path) -> Any:
+    """What NeuronpediaRunner.run makes of its defaults."""
+    from sae_dashboard.components_config import (
+        ActsHistogramConfig,
+        Column,
+        FeatureTablesConfig,
+        LogitsHistogramConfig,
+        LogitsTableConfig,
+        SequencesConfig,
+    )
+    from sae_dashboard.layout import SaeVisLayoutConfig
+    from sae_dashboard.sae_vis_data import SaeVisConfig
+
+    sequences = SequencesConfig(buffer=None, n_quantiles=5, top_acts_group_size=20, quantile_group_size=5)
+    tables = (ActsHistogramConfig(), LogitsHistogramConfig(), LogitsTableConfig(), FeatureTablesConfig(n_rows=3))
+    tokenizer = model.tokenizer
+    return SaeVisConfig(
+        hook_point=HOOK,
+        features=features,
+        minibatch_size_features=FEATURES_AT_ONCE,
+        minibatch_size_tokens=ROWS_AT_ONCE,
+        feature_centric_layout=SaeVisLayoutConfig(columns=[Column(sequences, *tables)]),
+        cache_dir=cache,
+        ignore_tokens={tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id},
+    )
+
+
+def vocab_dict(model: Any) -> dict[int, str]:
+    """Token strings as SAEDashboard writes them: NeuronpediaRunner.get_vocab_dict, which needs a runner."""
+    from types import SimpleNamespace
+
+    from sae_dashboard.neuronpedia.neuronpedia_runner import NeuronpediaRunner
+
+    found: dict[int, str] = NeuronpediaRunner.get_vocab_dict(SimpleNamespace(model=model))
+    return found
+
+
+def material(found: Any, features: range, folder: Path, *, all_tokens: bool = False) -> Any:
+    """What `saezoo.features.export` needs of `features`, as if they were an SAE; the firings go into `folder`."""
+    import torch
+
+    from saezoo.features.correlation import Sums
+    from saezoo.features.events import Events, Writer
+    from saezoo.features.records import About
+    from saezoo.features.saedashboard import Material
+
+    sae, lm, rows = found.subjects[0].sae, found.lm, found.rows
+    tokens_RT, own = torch.from_numpy(rows.tokens_RT), slice(features.start, features.stop)
+    (n_rows, context), d_in = tokens_RT.shape, sae.config.d_in
+    special_RT = torch.isin(tokens_RT, torch.tensor(sorted(lm.special_ids)))
+    scored_RT = torch.ones_like(special_RT) if all_tokens else ~special_RT
+    writer = Writer(folder, len(features))
+    x_sum, x2_sum, fx_sum = np.zeros(d_in), np.zeros(d_in), np.zeros((len(features), d_in))
+    for start in range(0, n_rows, ROWS_AT_ONCE):
+        x_BTD = lm.residuals(tokens_RT[start : start + ROWS_AT_ONCE], [LAYER])[LAYER]
+        scored_BT = scored_RT[start : start + ROWS_AT_ONCE]
+        x_nD = (x_BTD - x_BTD.mean(-1, keepdim=True))[scored_BT]
+        f_nF = sae.encode(x_nD)[:, own]
+        x_sum += x_nD.double().sum(0).numpy()
+        x2_sum += x_nD.double().square().sum(0).numpy()
+        fx_sum += (f_nF.T @ x_nD).double().numpy()
+        token_N, feature_N = f_nF.nonzero(as_tuple=True)
+        place_n = scored_BT.flatten().nonzero().squeeze(1) + start * context
+        writer.add(feature_N, place_n[token_N], f_nF[token_N, feature_N])
+    writer.flush()
+    about = About(COLLECTION, str(LAYER), HOOK, "tiny-lm", d_in, len(features), "builtin:heldout", context, n_rows,
+                  int(scored_RT.sum()), len(np.unique(rows.documents_RT)), 0, tuple(range(len(features))))  # fmt: skip
+    sums, events = Sums(x_sum, x2_sum, fx_sum), Events([folder], len(features))
+    decoder = sae.W_dec.detach()[own]
+    return Material(about, events, rows, scored_RT.numpy(), sums, decoder, unembedding(lm.hf_model), lm.tokenizer)
+
+
+def unembedding(hf_model: Any) -> Any:
+    """[D, V], as TransformerLens processes it by default."""
+    W_U_DV = hf_model.lm_head.weight.detach().float().T * hf_model.transformer.ln_f.weight.detach().float()[:, None]
+    W_U_DV = W_U_DV - W_U_DV.mean(0, keepdim=True)
+    return W_U_DV - W_U_DV.mean(1, keepdim=True)
+
+
+def run_export(args: argparse.Namespace) -> dict[str, Any]:
+    """The pass and `batch-N.json` into args.out, in this process."""
+    from saezoo.features.export import BatchFiles, export, place_of
+
+    found = task(args.tokens)
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        m = material(found, range(args.features), Path(folder))
+        passed = time.perf_counter()
+        export(m, [BatchFiles(args.out, m.about, place_of(m.about))])
+    done = time.perf_counter()
+    return {"seconds": round(done - begin, 2), "pass_s": round(passed - begin, 2)}
+
+
+def run_correlations(args: argparse.Namespace) -> dict[str, Any]:
+    """As `run_export`, each batch an SAE of its own and all tokens scored: what SAEDashboard correlates."""
+    from saezoo.features.export import BatchFiles, export, place_of
+
+    found = task(args.tokens)
+    for batch, start in enumerate(range(0, args.features, FEATURES_AT_ONCE)):
+        features = range(start, min(start + FEATURES_AT_ONCE, args.features))
+        with tempfile.TemporaryDirectory() as folder:
+            m = material(found, features, Path(folder), all_tokens=True)
+            export(m, [BatchFiles(args.out / str(batch), m.about, place_of(m.about))])
+    return {}
+
+
+def read(folder: Path) -> dict[int, dict[str, Any]]:
+    """Feature -> its fields, from all batches."""
+    batches = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("batch-*.json")]
+    return {feature["feature_index"]: feature for batch in batches for feature in batch["features"]}
+
+
+def correlations(folder: Path) -> dict[int, dict[str, Any]]:
+    """What `run_correlations` wrote, with the numbers that the features have in the SAE."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in folder.iterdir():
+        first = int(path.name) * FEATURES_AT_ONCE
+        for feature, fields in read(path).items():
+            own = {name: value for name, value in fields.items() if name.startswith("correlated_")}
+            own["correlated_features_indices"] = [first + other for other in own["correlated_features_indices"]]
+            found[first + feature] = own
+    return found
+
+
+def comparable(feature: dict[str, Any]) -> dict[str, list[Any]]:
+    """Every field as a list; of the activations, what does not depend on a draw."""
+    fields = {name: value if isinstance(value, list) else [value] for name, value in feature.items()}
+    activations = fields.pop("activations")
+    top = [a for a in activations if a["bin_min"] == -1]
+    labels = [(a["bin_min"], a["bin_max"], a["bin_contains"]) for a in activations]
+    fields["top: bin_max"] = [top[0]["bin_max"]]
+    fires = [a for a in top if a["values"][a["qualifying_token_index"]] > 0]  # the rest are any tokens
+    fields["top: activations"] = [a["values"][a["qualifying_token_index"]] for a in fires]
+    fields["top: tokens"] = ["".join(a["tokens"]) + str(a["qualifying_token_index"]) for a in fires]
+    fields["top: all values of the row"] = [value for a in fires for value in a["values"]]
+    bins = list(dict.fromkeys(labels))
+    for i, name in enumerate(("bin_min", "bin_max", "bin_contains")):
+        fields[f"intervals: {name}"] = [bin[i] for bin in bins[1:]]
+    fields["intervals: rows shown"] = [Counter(labels)[bin] for bin in bins[1:]]
+    return fields
+
+
+def differences(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of each field: features of which any value differs, and the largest difference of a number."""
+    pairs = [(comparable(ours[feature]), comparable(theirs[feature])) for feature in theirs]
+    for name in pairs[0][1]:
+        both = [(a[name], b[name]) for a, b in pairs]
+        sizes = sum(len(a) != len(b) for a, b in both)
+        numbers = [abs(x - y) for a, b in both for x, y in zip(a, b, strict=False) if not isinstance(x, str | None)]
+        yield {
+            "field": name,
+            "features": len(both),
+            "differ": sum(a != b for a, b in both),
+            "by_length": sizes,
+            "values": sum(len(b) for _, b in both),
+            "values_differ": sum(x != y for a, b in both for x, y in zip(a, b, strict=False)),
+            "largest": max(numbers) if numbers and not name.endswith("_indices") else "",
+        }
+
+
+def agree(args: argparse.Namespace, folder: Path) -> None:
+    """Run all three and compare."""
+    for tool, python in (("saedashboard", args.peer_python), ("export", None), ("correlations", None)):
+        run(tool, python or sys.executable, args, folder)
+    ours, theirs, correlated = (
+        read(folder / "export"),
+        read(folder / "saedashboard"),
+        correlations(folder / "correlations"),
+    )
+    for feature in ours:
+        ours[feature] |= correlated[feature]
+    for row in differences(ours, theirs):
+        append(args.csv or RESULTS / "dashboard_agreement.csv", {"tokens": args.tokens} | row)
+        differ = f"{row['differ']} of {row['features']} features"
+        differ += f", {row['values_differ']} of {row['values']} values"
+        print(f"{row['field']:32} {differ}, by at most {row['largest']}")
+
+
+def run(tool: str, python: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One tool in a process of its own, its files in a folder of its name."""
+    out = folder / tool
+    out.mkdir()
+    size = ("--features", str(args.features), "--tokens", str(args.tokens))
+    return in_fresh_process(python, __file__, "--tool", tool, "--out", str(out), *size)
+
+
+def run_command(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """`saezoo dashboard`: seconds of the whole process."""
+    command = ["dashboard", COLLECTION, str(LAYER), "--tokens", str(args.tokens), "--offline"]
+    command += ["--features", f"0-{args.features - 1}", "--out", str(folder / "site")]
+    command += ["--neuronpedia", str(folder / "neuronpedia")]
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "saezoo", *command], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    seconds = round(time.perf_counter() - begin, 2)
+    return {"seconds": seconds, "pass_s": ""} | {"device": device_name("cpu")} | versions(*PACKAGES)
+
+
+def compare(args: argparse.Namespace, folder: Path) -> None:
+    """Time all three, one after the other."""
+    peers = {"saedashboard": args.peer_python} if args.peer_python else {}
+    seconds: dict[str, float] = {}
+    for tool, python in {"export": sys.executable, **peers, "saezoo dashboard": ""}.items():
+        load = round(os.getloadavg()[0], 1)
+        row = run(tool, python, args, folder) if python else run_command(args, folder)
+        seconds[tool] = row["seconds"]
+        what = {"tool": tool, "features": args.features, "tokens": args.tokens, "load_average": load}
+        append(args.csv or RESULTS / "dashboard.csv", what | row)
+        print(tool, f"{seconds[tool]} s", flush=True)
+    for tool in ("export", "saezoo dashboard"):
+        if args.peer_python:
+            print(f"SAEDashboard takes {seconds['saedashboard'] / seconds[tool]:.1f} times as long as {tool}")
+
+
+TOOLS = {"saedashboard": run_saedashboard, "export": run_export, "correlations": run_correlations}
+
+
+def main() -> None:
+    """Time all and print the ratios; with --agree, compare; with --tool, run one and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", help="an interpreter with SAEDashboard and SAELens; left out: saezoo alone")
+    parser.add_argument("--features", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--agree", action="store_true")
+    parser.add_argument("--tool", choices=TOOLS)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    if args.tool:
+        sys.path.insert(0, str(ROOT))
+        print(json.dumps(TOOLS[args.tool](args) | {"device": device_name("cpu")} | versions(*PACKAGES)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        agree(args, Path(name)) if args.agree else compare(args, Path(name))
+
+
+if __name__ == "__main__":
+    main()

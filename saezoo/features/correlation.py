@@ -1,0 +1,143 @@
+"""Pearson correlation and cosine of features with the entries of the residual stream, and with each other.
+
+Shapes: F features of the SAE, n those asked for, D d_in, N tokens, K correlates of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from saezoo.features.events import Events, Firings
+
+Doubles = NDArray[np.float64]
+_EPS = 1e-6  # as SAEDashboard (utils_fns.RollingCorrCoef): what is constant, or 0, correlates by 0
+_CELLS = 1 << 22  # pairs of features at once: 32 MB for each of some arrays
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What the pass adds up over the scored tokens, of the activations x that the SAE reads (centred) and its features
+    f; with `Events`, all that correlations need."""
+
+    x_sum_D: Doubles
+    x2_sum_D: Doubles
+    """Of squares."""
+    fx_sum_FD: Doubles
+    """Of f_i x_d."""
+
+
+class Moments(NamedTuple):
+    """Sums of each feature, and of its squares."""
+
+    sum_F: Doubles
+    square_F: Doubles
+
+
+class Correlates(NamedTuple):
+    """Of each feature the K with the largest Pearson correlation, largest first."""
+
+    index_nK: NDArray[np.int64]
+    pearson_nK: Doubles
+    cosine_nK: Doubles
+    """Uncentred. SAEDashboard writes it in fields that end in `_l1`."""
+
+
+def moments(events: Events) -> Moments:
+    """Of every feature of the SAE."""
+    found = np.zeros((2, events.n_features))
+    for start, stop in events.blocks(range(events.n_features)):
+        for feature, firings in enumerate(events.block(start, stop), start):
+            value_N = firings.value_N.astype(np.float64)
+            found[:, feature] = value_N.sum(), value_N @ value_N
+    return Moments(found[0], found[1])
+
+
+def with_neurons(sums: Sums, of: Moments, features: Sequence[int], tokens: int, k: int = 3) -> Correlates:
+    """With the entries of x, over `tokens` scored tokens."""
+    own = list(features)
+    f = Moments(of.sum_F[own], of.square_F[own])
+    x = Moments(sums.x_sum_D, sums.x2_sum_D)
+    return _largest(*_both(sums.fx_sum_FD[own], f, x, tokens), k)
+
+
+def with_features(events: Events, of: Moments, features: Sequence[int], tokens: int, k: int = 3) -> Correlates:
+    """With all other features of the SAE, of `features`, in ascending order. Exact: the products are sparse, and taken
+    in blocks, so that memory holds the firings of two blocks."""
+    found: list[Correlates] = []
+    for own in events.blocks(features):
+        rows = _matrix(events.block(*own))
+        best: list[Correlates] = []
+        for other in events.blocks(range(events.n_features)):
+            columns = rows if other == own else _matrix(events.block(*other))
+            best.append(_between(rows, columns, of, own, other, tokens, k))
+        found.append(_merged(best, k))
+    return Correlates(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
+def _between(
+    rows: csr_matrix,
+    columns: csr_matrix,
+    of: Moments,
+    own: tuple[int, int],
+    other: tuple[int, int],
+    tokens: int,
+    k: int,
+) -> Correlates:
+    """Of the features own[0]..own[1]-1, among other[0]..other[1]-1."""
+    size = max(rows.shape[1], columns.shape[1])
+    rows.resize(rows.shape[0], size)
+    columns.resize(columns.shape[0], size)
+    columns_T = columns.T.tocsr()
+    y = Moments(*(part[other[0] : other[1]] for part in of))
+    step = max(1, _CELLS // columns.shape[0])
+    found: list[Correlates] = []
+    for first in range(own[0], own[1], step):
+        last = min(first + step, own[1])
+        x = Moments(*(part[first:last] for part in of))
+        product = (rows[first - own[0] : last - own[0]] @ columns_T).toarray()
+        pearson, cosine = _both(product, x, y, tokens)
+        for feature in range(max(first, other[0]), min(last, other[1])):
+            # With itself 1, which says nothing; 0 as in SAEDashboard.
+            pearson[feature - first, feature - other[0]] = cosine[feature - first, feature - other[0]] = 0.0
+        best = _largest(pearson, cosine, k)
+        found.append(best._replace(index_nK=best.index_nK + other[0]))
+    return Correlates(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
+def _matrix(block: list[Firings]) -> csr_matrix:
+    """Features x tokens."""
+    ends = np.cumsum([0, *(len(firings.token_N) for firings in block)])
+    token_N = np.concatenate([firings.token_N for firings in block])
+    value_N = np.concatenate([firings.value_N for firings in block]).astype(np.float64)
+    return csr_matrix((value_N, token_N, ends), shape=(len(block), int(token_N.max(initial=0)) + 1))
+
+
+def _both(product: Doubles, x: Moments, y: Moments, tokens: int) -> tuple[Doubles, Doubles]:
+    """Pearson and cosine from the sums of products, of each x (rows) with each y (columns)."""
+    cosine = product / (np.sqrt(np.outer(x.square_F, y.square_F)) + _EPS)
+    x_spread, y_spread = (np.maximum(tokens * part.square_F - part.sum_F**2, 0.0) for part in (x, y))
+    pearson = tokens * product - np.outer(x.sum_F, y.sum_F)
+    return pearson / (np.sqrt(np.outer(x_spread, y_spread)) + _EPS), cosine
+
+
+def _largest(pearson: Doubles, cosine: Doubles, k: int) -> Correlates:
+    index = torch.from_numpy(pearson).topk(min(k, pearson.shape[1])).indices.numpy()
+    top, their_cosine = (np.take_along_axis(part, index, axis=1) for part in (pearson, cosine))
+    return _in_order(Correlates(index, top, their_cosine), k)
+
+
+def _in_order(found: Correlates, k: int) -> Correlates:
+    """Largest first, equal ones by index; the first k."""
+    order = np.lexsort((found.index_nK, -found.pearson_nK), axis=1)[:, :k]
+    return Correlates(*(np.take_along_axis(part, order, axis=1) for part in found))  # type: ignore[arg-type]
+
+
+def _merged(parts: list[Correlates], k: int) -> Correlates:
+    return _in_order(Correlates(*(np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))), k)
