@@ -55,8 +55,8 @@ def count(folder: Path, features: int, tokens: int, d_in: int) -> None:
     start = time.perf_counter()
     found.pairs_csv()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    row = {"features": features, "tokens": tokens, "firings": int(events.fires_F.sum()), "counted": found.tokens}
-    row |= {"seconds": round(seconds, 1), "csv_seconds": round(time.perf_counter() - start, 1)}
+    row: dict[str, float] = {"features": features, "tokens": tokens, "firings": int(events.fires_F.sum())}
+    row |= {"counted": found.tokens, "seconds": round(seconds, 1), "csv_seconds": round(time.perf_counter() - start, 1)}
     print(json.dumps(row | {"before_mb": before // 1024, "peak_mb": peak // 1024}))
 
 
