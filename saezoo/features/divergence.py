@@ -31,43 +31,45 @@ def divergence(top_N: Indices, top_documents_N: Indices, middle_M: Indices, midd
     n_v (n_v - 1) / n (n - 1), which does not depend on the number of firings. Pairs within a document would add what
     the document is about.
 
-    Interval: v -+ t c sqrt(s^2 + a^2 + b^2). s^2 is the variance by the delete-one-document jackknife. a = (2 q.q / (p.p
-    + q.q)) / k and b = (2 p.p / (p.p + q.q)) / l are what one more document among the k of the top examples, or the l
-    in the middle, would change by being like the other side; without them no overlap seen would mean that none is there
-    (k, l: the number of documents of equal size that would be worth these, Kish). t and c as in `intervals.wilson`, for
-    the smaller of k and l. Value and interval are cut to 0..1: p.q may by chance be larger than p.p and q.q.
+    Interval: v -+ t c sqrt(s^2 + a^2 + b^2), with s^2 the variance by the delete-one-document jackknife. One more
+    document among the k of the top examples, or among the m in the middle, would change the overlap by
 
-    Undefined if all top firings, or all in the middle, are in one document, or no token is in two documents of either.
-    No interval with fewer than ten documents of either.
+        a = 2 q.q / (p.p + q.q) / k        b = 2 p.p / (p.p + q.q) / m
+
+    if it was like the other side; without these terms, to see no overlap would mean that there is none (k, m: how many
+    documents of equal size would be worth these, Kish). t and c as in `intervals.wilson`, for the smaller of k and m.
+    Value and interval are cut to 0..1: p.q may by chance be larger than p.p and q.q.
+
+    Undefined if all top firings, or all in the middle, are in one document, or if no token is in two documents of
+    either. No interval with fewer than ten documents of either.
     """
     top_N, middle_M = np.asarray(top_N, dtype=np.int64), np.asarray(middle_M, dtype=np.int64)
     if not len(top_N) or not len(middle_M):
         return Measured(None)
     p_E, q_E, token_E, document_E = _counted(top_N, top_documents_N, middle_M, middle_documents_M)
-    p_D, q_D = np.bincount(document_E, p_E), np.bincount(document_E, q_E)
+    p_D, q_D = _sums(document_E, p_E), _sums(document_E, q_E)
     one_D, each_D = np.zeros(len(p_D), dtype=np.int64), np.arange(len(p_D))
-    sums = []
+    rates, rates_D = [], []
     for x_E, y_E, x_D, y_D in ((p_E, p_E, p_D, p_D), (p_E, q_E, p_D, q_D), (q_E, q_E, q_D, q_D)):
         same, same_D = _pairs(x_E, y_E, token_E, document_E)
         every, every_D = _pairs(x_D, y_D, one_D, each_D)
         if not every:
             return Measured(None)
-        # Without a document there may be no pair left: nan, and the interval is unknown.
-        without_D = np.divide(every - every_D, 1, out=np.full(len(p_D), np.nan), where=every > every_D)
-        sums.append((same / every, (same - same_D) / without_D))
-    (pp, pp_D), (pq, pq_D), (qq, qq_D) = sums
+        rates.append(same / every)
+        # Nothing is left without one of two documents: nan, and the interval is unknown.
+        left_D = np.where(every > every_D, every - every_D, np.nan)
+        rates_D.append((same - same_D) / left_D)
+    (pp, pq, qq), (pp_D, pq_D, qq_D) = rates, rates_D
     if pp + qq == 0:
         return Measured(None)
-    value = min(max(1 - 2 * pq / (pp + qq), 0.0), 1.0)
+    value = 1 - 2 * pq / (pp + qq)
     if min(np.count_nonzero(p_D), np.count_nonzero(q_D)) < FEWEST or not (pp_D + qq_D > 0).all():
-        return Measured(value)
-    error2 = _jackknife(2 * pq_D / (pp_D + qq_D))
+        return Measured(max(value, 0.0))
     k, m = _kish(p_D), _kish(q_D)
-    error2 += (2 * qq / (pp + qq) / k) ** 2 + (2 * pp / (pp + qq) / m) ** 2
+    variance = _jackknife(2 * pq_D / (pp_D + qq_D)) + ((2 * qq / k) ** 2 + (2 * pp / m) ** 2) / (pp + qq) ** 2
     effective = min(k, m)
-    far = float(stdtrit(effective - 1, 0.975)) * math.sqrt(effective / (effective - 1) * error2)
-    middle = 1 - 2 * pq / (pp + qq)
-    return Measured(value, min(max(middle - far, 0.0), value), max(min(middle + far, 1.0), value))
+    far = float(stdtrit(effective - 1, 0.975)) * math.sqrt(effective / (effective - 1) * variance)
+    return Measured(*(min(max(number, 0.0), 1.0) for number in (value, value - far, value + far)))
 
 
 def _counted(
@@ -94,10 +96,15 @@ def _pairs(x_E: Floats, y_E: Floats, token_E: Indices, document_E: Indices) -> t
 
     Whole numbers, and exact.
     """
-    others_x_E = np.bincount(token_E, x_E)[token_E] - x_E
-    others_y_E = np.bincount(token_E, y_E)[token_E] - y_E
-    of_D = np.bincount(document_E, x_E * others_y_E + y_E * others_x_E)
+    others_x_E = _sums(token_E, x_E)[token_E] - x_E
+    others_y_E = _sums(token_E, y_E)[token_E] - y_E
+    of_D = _sums(document_E, x_E * others_y_E + y_E * others_x_E)
     return float(of_D.sum()) / 2, of_D
+
+
+def _sums(index_E: Indices, x_E: Floats) -> Floats:
+    """The sum of the x of each index."""
+    return np.bincount(index_E, x_E).astype(np.float64)  # which numpy's types take for whole numbers
 
 
 def _jackknife(without_D: Floats) -> float:

@@ -1,0 +1,236 @@
+"""Which features of an SAE fire together: partners, clusters, and groups that exclude each other.
+
+docs/cooccurrence.md has the definitions, and what they find. Memory and time are bounded: `_MOST_FIRINGS`,
+`_MOST_PRODUCTS`.
+
+Shapes: F features, P places of the text (row x context + position), C features of a block, D d_in, N firings.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from scipy.special import pdtr
+from torch import Tensor
+
+from saezoo.evals.matching import FEWEST_FIRES, Floats, Indices, jaccard
+from saezoo.features.events import Events
+from saezoo.features.groups import Pair, cliques
+from saezoo.features.records import Coactive
+from saezoo.spreadsheets import inert_rows
+
+PARTNERS = 10
+TOGETHER = 0.3
+"""Jaccard index from which on two features can be in one cluster."""
+NEAR = 0.2
+"""Cosine of the decoder directions from which on two features can be in one exclusive group."""
+RARELY = 0.1
+"""Of what independence would give: exclusive features fire together at most so often."""
+_LEVEL = 0.05  # of the test that firing together so rarely is no chance, over all pairs
+_MOST_FIRINGS = 50_000_000  # at 16 bytes each, in both orders: 800 MB
+_MOST_PRODUCTS = 4_000_000_000  # sum over tokens of L0^2: what the counting costs
+_BLOCK_CELLS = 1 << 22  # pairs counted at once: 32 MB as float64
+_MOST_PAIRS = 32  # kept of each feature for clusters and for groups, so that no SAE makes more than F x 32
+
+
+class Group(NamedTuple):
+    """Features that fire together, or that exclude each other."""
+
+    features: tuple[int, ...]
+    """The strongest pair first."""
+    mean: float
+    """Over its pairs: of a cluster the Jaccard index, of an exclusive group the cosine of the decoder directions."""
+    tokens: int
+    """On which at least one of them fires."""
+    both: int
+    """Tokens on which two fire, summed over the pairs."""
+    expected: float
+    """What `both` would be if they fired independently."""
+
+
+@dataclass(frozen=True)
+class Cooccurrence:
+    """What `cooccurrence` found."""
+
+    tokens: int
+    """Scored tokens that were counted; the text may have had more."""
+    fires: tuple[int, ...]
+    """Of each feature, on these tokens."""
+    partners: tuple[tuple[Coactive, ...], ...]
+    """Of each feature, the largest Jaccard index first."""
+    clusters: tuple[Group, ...]
+    """The one with the strongest pair first."""
+    exclusive: tuple[Group, ...]
+    """The one with the nearest pair first."""
+
+    def pairs_csv(self) -> str:
+        """One row for each feature and partner."""
+        rows = (
+            (a, b, self.fires[a], self.fires[b], both, self.fires[a] * self.fires[b] / self.tokens, index, pmi)
+            for a, partners in enumerate(self.partners)
+            for b, both, index, pmi in partners
+        )
+        header = ("feature_a", "feature_b", "fires_a", "fires_b", "both", "expected", "jaccard", "pmi")
+        return _csv([header, *rows])
+
+    def groups_csv(self) -> str:
+        """One row for each feature of each group."""
+        rows = (
+            (kind, number, len(group.features), feature, self.fires[feature], *group[1:])
+            for kind, groups in (("cluster", self.clusters), ("exclusive", self.exclusive))
+            for number, group in enumerate(groups)
+            for feature in group.features
+        )
+        header = ("kind", "group", "size", "feature", "fires", "mean", "tokens", "both", "expected")
+        return _csv([header, *rows])
+
+
+def cooccurrence(
+    events: Events,
+    scored_P: NDArray[np.bool_],
+    W_dec_FD: Tensor,
+    *,
+    per_feature: int = PARTNERS,
+    together: float = TOGETHER,
+    near: float = NEAR,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Cooccurrence:
+    """Partners, clusters and exclusive groups of the features of one SAE, from its firings.
+
+    Args:
+        events: the firings.
+        scored_P: which places of the text are scored, in its order; its length is the number of places.
+        W_dec_FD: the decoder, for the cosines of exclusive groups.
+        per_feature: partners of each feature; fewer if it fires together with fewer.
+        together: smallest Jaccard index of two features of a cluster.
+        near: smallest cosine of two features of an exclusive group.
+        on_progress: called with (features done, features in all).
+
+    Every pair is counted, on the text up to the place where the counting would cost more than 4e9 products (the sum
+    over tokens of L0^2), or hold more than 50 million firings: `tokens` says how many that were. At most 1.5 GB.
+
+    Two features exclude each other if they fire together on at most a tenth of the tokens that independence would give,
+    and a Poisson variable of that mean is so small with a probability of at most 0.05 / pairs. Features that fire less
+    than ten times have no partners and are in no group. Of each feature the 32 strongest pairs can be in clusters, and
+    in groups. The same firings give the same result.
+    """
+    fires_FP, tokens = _matrix(events, scored_P)
+    n_F = np.diff(fires_FP.indptr).astype(np.int64)
+    fires_PF, unit_FD = fires_FP.T.tocsr(), _units(W_dec_FD)
+    rare_F, partners = n_F < FEWEST_FIRES, list[tuple[Coactive, ...]]()
+    usual = int((~rare_F).sum())
+    level = _LEVEL / max(1, usual * (usual - 1) // 2)
+    coactive, exclusive = list[Pair](), list[Pair]()
+    step = max(1, _BLOCK_CELLS // max(1, len(n_F)))
+    for start in range(0, len(n_F), step):
+        block = slice(start, start + step)
+        own_C = np.arange(start, min(start + step, len(n_F)))
+        both_CF = (fires_FP[block] @ fires_PF).toarray()
+        jaccard_CF = jaccard(both_CF, n_F[block, None], n_F)
+        for_none_CF = rare_F[block, None] | rare_F | (own_C[:, None] == np.arange(len(n_F)))
+        jaccard_CF[for_none_CF] = 0
+        partners += _partners(both_CF, jaccard_CF, n_F, own_C, tokens, per_feature)
+        coactive += _pairs(np.where(jaccard_CF >= together, jaccard_CF, 0), start)
+        cosine_CF = (unit_FD[block] @ unit_FD.T).numpy()
+        cosine_CF[for_none_CF | (cosine_CF < near)] = 0
+        exclusive += _pairs(_only_exclusive(cosine_CF, both_CF, n_F, own_C, tokens, level), start)
+        on_progress(min(start + step, len(n_F)), len(n_F))
+    return Cooccurrence(
+        tokens=tokens,
+        fires=tuple(n_F.tolist()),
+        partners=tuple(partners),
+        clusters=_groups(coactive, fires_FP, tokens),
+        exclusive=_groups(exclusive, fires_FP, tokens),
+    )
+
+
+def _matrix(events: Events, scored_P: NDArray[np.bool_]) -> tuple[csr_matrix, int]:
+    """Which feature fires where [F, P], 1 where one does, and how many tokens are counted."""
+    l0_P = np.zeros(len(scored_P), dtype=np.int64)
+    ranges = events.blocks(range(events.n_features))
+    for start, stop in ranges:
+        for token_N, _ in events.block(start, stop):
+            l0_P[token_N] += 1
+    fits_P = (np.cumsum(l0_P**2) <= _MOST_PRODUCTS) & (np.cumsum(l0_P) <= _MOST_FIRINGS)
+    end = max(1, int(fits_P.sum()))  # both sums only grow
+    ends, indices = [0], np.empty(int(l0_P[:end].sum()), dtype=np.int32)
+    for start, stop in ranges:
+        for token_N, _ in events.block(start, stop):
+            kept = int(np.searchsorted(token_N, end))
+            indices[ends[-1] : ends[-1] + kept] = token_N[:kept]
+            ends.append(ends[-1] + kept)
+    ones_N = np.ones(len(indices), dtype=np.int32)
+    return csr_matrix((ones_N, indices, np.array(ends)), shape=(events.n_features, end)), int(scored_P[:end].sum())
+
+
+def _units(W_FD: Tensor) -> Tensor:
+    """The directions with norm 1, or 0 where they are 0; float32 on the CPU."""
+    return torch.nn.functional.normalize(W_FD.detach().cpu().float(), eps=torch.finfo(torch.float32).tiny)
+
+
+def _strongest(weight_CF: NDArray[Any], most: int) -> tuple[Indices, Indices]:
+    """(rows, columns) of the `most` largest weights above 0 of each row, largest first; of equal ones the first."""
+    most = min(most, weight_CF.shape[1])
+    least_C1 = -np.partition(-weight_CF, most - 1, axis=1)[:, most - 1 : most]
+    row_N, column_N = np.nonzero((weight_CF >= least_C1) & (weight_CF > 0))
+    order_N = np.lexsort((column_N, -weight_CF[row_N, column_N], row_N))
+    row_N, column_N = row_N[order_N], column_N[order_N]
+    place_N = np.arange(len(row_N)) - np.searchsorted(row_N, row_N)
+    return row_N[place_N < most], column_N[place_N < most]
+
+
+def _partners(
+    both_CF: Indices, jaccard_CF: Floats, n_F: Indices, own_C: Indices, tokens: int, most: int
+) -> list[tuple[Coactive, ...]]:
+    row_N, column_N = _strongest(jaccard_CF, most)
+    both_N, jaccard_N = both_CF[row_N, column_N], jaccard_CF[row_N, column_N]
+    pmi_N = np.log2(both_N * (tokens / n_F[own_C[row_N]]) / n_F[column_N])
+    columns = (values.tolist() for values in (column_N, both_N, jaccard_N, pmi_N))
+    found = [Coactive(*values) for values in zip(*columns, strict=True)]
+    ends = np.searchsorted(row_N, np.arange(len(own_C) + 1)).tolist()
+    return [tuple(found[first:last]) for first, last in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def _pairs(weight_CF: NDArray[Any], start: int) -> Iterable[Pair]:
+    row_N, column_N = _strongest(weight_CF, _MOST_PAIRS)
+    columns = (values.tolist() for values in (row_N + start, column_N, weight_CF[row_N, column_N]))
+    for i, j, weight in zip(*columns, strict=True):
+        yield Pair(min(i, j), max(i, j), weight)
+
+
+def _only_exclusive(
+    cosine_CF: NDArray[np.float32], both_CF: Indices, n_F: Indices, own_C: Indices, tokens: int, level: float
+) -> NDArray[np.float32]:
+    """The cosines of pairs that exclude each other, 0 elsewhere."""
+    row_N, column_N = np.nonzero(cosine_CF)
+    both_N, expected_N = both_CF[row_N, column_N], n_F[own_C[row_N]] * (n_F[column_N] / max(1, tokens))
+    chance_N = (both_N > RARELY * expected_N) | (pdtr(both_N, expected_N) > level)
+    cosine_CF[row_N[chance_N], column_N[chance_N]] = 0
+    return cosine_CF
+
+
+def _groups(pairs: list[Pair], fires_FP: csr_matrix, tokens: int) -> tuple[Group, ...]:
+    """The cliques, with what they cover."""
+    found = []
+    for features, mean in cliques(sorted(set(pairs))):
+        fires_GP = fires_FP[list(features)]
+        at_once = np.bincount(fires_GP.indices)
+        n_G = np.diff(fires_GP.indptr).astype(float)
+        expected = (n_G.sum() ** 2 - (n_G**2).sum()) / 2 / tokens
+        both = int((at_once * (at_once - 1) // 2).sum())
+        found.append(Group(features, mean, int(np.count_nonzero(at_once)), both, float(expected)))
+    return tuple(found)
+
+
+def _csv(rows: Iterable[Iterable[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(inert_rows(rows))
+    return text.getvalue()
