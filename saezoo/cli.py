@@ -14,6 +14,7 @@ import click
 from saezoo import terminal
 from saezoo.cli_common import Group, Outputs, deliver, runtime_options
 from saezoo.cli_evals import compare_command, eval_command, verify_command
+from saezoo.cli_features import cooccur_command, dashboard_command, feature_command, features_command
 from saezoo.cli_sharing import add_command, push_command
 from saezoo.cli_zoo import cache, convert_command, get, info, list_command
 
@@ -118,5 +119,5 @@ def reproduce_command(
         click.echo(folder)
 
 
-for _command in (push_command, add_command):
+for _command in (dashboard_command, features_command, feature_command, cooccur_command, push_command, add_command):
     main.add_command(_command)

@@ -59,6 +59,11 @@ def _runtime(registry: Path | None, settings: dict[str, Any]) -> Any:
 @click.argument("layers", required=False)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="[default: dashboards/COLLECTION]")
 @click.option("--features", help="Those that get a page: 0-99,512.  [default: all]")
+@click.option("--batches", type=click.Path(path_type=Path, file_okay=False), help="Write SAEDashboard's JSON too.")
+@click.option(
+    "--neuronpedia", type=click.Path(path_type=Path, file_okay=False), help="Write what Neuronpedia imports too."
+)
+@click.option("--release", type=click.Path(path_type=Path), help="YAML that says whose the import is.")
 @click.option("--evaluate", "with_evaluation", is_flag=True, help="Measure cross-entropy on the same text too.")
 @click.option("--serve", "serving", is_flag=True, help="Open the site in a browser; alone: the one at --out.")
 @_pass_options
@@ -84,11 +89,13 @@ def dashboard_command(
 
         out = out or Path("dashboards") / Path(collection).name
         options = _runtime(registry, settings)
+        exports = dashboard.Exports(**{key: settings.pop(key) for key in ("batches", "neuronpedia", "release")})
         with Stages() as stages:
             abouts = dashboard.dashboard(
                 collection,
                 layers,
                 out=out,
+                exports=exports,
                 tokens=tokens or workflows.EVAL_TOKENS,
                 on_stage=stages,
                 options=options,
@@ -169,7 +176,7 @@ def cooccur_command(
     **settings: Any,
 ) -> None:
     """Which features of one SAE fire together, and which never do."""
-    from saezoo import dashboard, workflows
+    from saezoo import dashboard, feature_view, workflows
 
     for path in (csv_path, groups):
         if path is not None and str(path) != "-":
@@ -187,7 +194,7 @@ def cooccur_command(
     if found is None:  # only one of several ranks has it
         return
     if str(csv_path) != "-":
-        terminal.print_table(found.table())
+        terminal.print_table(*feature_view.groups_view(found))
     if csv_path is not None:
         write(str(csv_path), found.pairs_csv())
     if groups is not None:

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from saezoo import files, workflows
+import torch
+
+from saezoo import files, strict_yaml, workflows
 from saezoo.errors import UsageError, shown
 from saezoo.evals import evaluate
 from saezoo.evals.summary import versions
-from saezoo.features import directions
+from saezoo.feature_view import Fired
+from saezoo.features import correlation, directions
 from saezoo.features.collect import Collection, collect
 from saezoo.features.cooccurrence import Cooccurrence, cooccurrence
 from saezoo.features.describe import Text, describe
-from saezoo.features.export import Release, export_neuronpedia
+from saezoo.features.export import BatchFiles, Output, export, place_of
+from saezoo.features.neuronpedia import ImportFiles, Release
 from saezoo.features.records import About, Feature
+from saezoo.features.saedashboard import Material
 from saezoo.features.site import Site, check
-from saezoo.features.vocabulary import vocabulary
-from saezoo.lm import depth_of
+from saezoo.features.vocabulary import Vocabulary, vocabulary
+from saezoo.lm import LanguageModel, depth_of
 from saezoo.registry import read_registry
+from saezoo.sae import SAE
 from saezoo.workflows import EVAL_TOKENS, Options, Task
+
+if TYPE_CHECKING:
+    import pandas
 
 OnStage = Callable[[str, int, int], None]
 """Called with (what is being done, how much is done, how much there is)."""
@@ -57,7 +68,7 @@ class Gathered:
             context=scoring.context,
             rows=len(scoring.tokens_RT),
             tokens=self.text.scored,
-            documents=len(scoring.document_RT.unique()),
+            documents=len(torch.unique(scoring.document_RT)),
             seed=self.seed,
             features=self.chosen or tuple(range(config.d_sae)),
             metrics=self.collection.sums[i].metrics(self.seed),
@@ -68,11 +79,12 @@ class Gathered:
 
     def together(self, i: int) -> Cooccurrence:
         """What of the i-th SAE fires together, and what never does."""
+        subject = self.task.subjects[i]
         return cooccurrence(
             self.collection.events[i],
-            self.text.scored,
-            W_dec_FD=self.task.subjects[i].sae.W_dec,
-            on_progress=lambda done, total: self.on_stage("co-activation", done, total),
+            self.collection.scoring.scored_RT.numpy().reshape(-1),
+            subject.sae.W_dec,
+            on_progress=lambda done, total: self.on_stage(f"co-activation, layer {subject.layer}", done, total),
         )
 
     def features(self, i: int, together: Cooccurrence | None = None) -> Iterator[Feature]:
@@ -93,6 +105,21 @@ class Gathered:
                 )
                 done += 1
                 self.on_stage(f"features of layer {subject.layer}", done, len(chosen))
+
+    def material(self, i: int) -> Material:
+        """What exports of the i-th SAE are made from."""
+        sums, lm = self.collection.sums[i], self.task.lm
+        parts = (sums.x_sum_ND.sum(0), sums.x2_sum_D, sums.fx_sum_FD)
+        return Material(
+            about=self.about(i),
+            events=self.collection.events[i],
+            rows=self.task.rows,
+            scored_RT=self.collection.scoring.scored_RT.numpy(),
+            sums=correlation.Sums(*(part.numpy() for part in parts)),
+            W_dec_FD=self.task.subjects[i].sae.W_dec,
+            W_U_DV=directions.unembedding(lm),
+            tokenizer=lm.tokenizer,
+        )
 
     def _near(self, i: int) -> list[str]:
         """The i-th SAE's layer, and those next to it among those here."""
@@ -170,67 +197,79 @@ def feature_numbers(text: str, d_sae: int) -> list[int]:
     return sorted(found)
 
 
+@dataclass(frozen=True)
+class Exports:
+    """What other systems read, besides the site."""
+
+    batches: Path | None = None
+    """Folder for SAEDashboard's `batch-N.json`, in a folder for each SAE."""
+    neuronpedia: Path | None = None
+    """Folder for the files that Neuronpedia imports."""
+    release: Path | None = None
+    """YAML file of a `neuronpedia.Release`: whose they are."""
+
+    def outputs(self, about: About) -> list[Output]:
+        """Those of one SAE. Refuses what cannot be written."""
+        found: list[Output] = []
+        if self.batches is not None:
+            found.append(BatchFiles(self.batches / about.layer, about, place_of(about)))
+        if self.neuronpedia is not None:
+            if self.release is None:
+                raise UsageError(
+                    "--neuronpedia needs --release FILE: a YAML file that says whose it is (docs/exports.md)"
+                )
+            release = strict_yaml.read(self.release, Release)
+            found.append(ImportFiles(self.neuronpedia, about, place_of(about), release))
+        return found
+
+
 def dashboard(
     name: str | Path,
     layers: str | int | None = "all",
     *,
     out: Path,
-    tokens: int | None = EVAL_TOKENS,
-    features: str | None = None,
-    model: str | None = None,
-    layout: str | None = None,
-    batch_size: int | None = None,
+    exports: Exports | None = None,
     with_evaluation: bool = False,
-    neuronpedia: Path | None = None,
-    release: Release | None = None,
-    resume: bool = False,
+    batch_size: int | None = None,
     on_stage: OnStage = lambda stage, done, total: None,
-    options: Options | None = None,
+    **settings: Any,
 ) -> list[About]:
     """Write dashboards of SAEs as a static site.
 
     Args:
-        name, layers, tokens, model, layout, batch_size, options: as for `workflows.evaluate`.
         out: folder of the site: new, empty, or a site, which is replaced.
-        features: those that get a page, `0-99,512`; by default all.
+        exports: what other systems read.
         with_evaluation: run the standard evaluation on the same rows too; its metrics go on the overview.
-        neuronpedia: a folder for the files that Neuronpedia imports.
-        release: what those files say about whose they are.
-        resume: go on with the same dashboards, interrupted while the text was read.
         on_stage: called with (what is being done, how much is done, how much there is).
+        settings: as for `gathered`.
 
     Returns what each SAE's dashboards rest on; under torchrun on rank 0 alone.
     Raises SaezooError of some kind for everything a user can get wrong.
     """
+    exports = exports or Exports()
     check(out)
-    options = options or Options()
-    with gathered(
-        name,
-        layers,
-        tokens=tokens,
-        features=features,
-        model=model,
-        layout=layout,
-        batch_size=batch_size,
-        correlate=neuronpedia is not None,
-        resume=resume,
-        on_stage=on_stage,
-        options=options,
-    ) as found:
+    correlate = exports.batches is not None or exports.neuronpedia is not None
+    with gathered(name, layers, correlate=correlate, batch_size=batch_size, on_stage=on_stage, **settings) as found:
         if found is None:
             return []
         abouts = [found.about(i) for i in range(len(found.task.subjects))]
+        outputs = [exports.outputs(about) for about in abouts]
         if with_evaluation:
             abouts = _evaluated(abouts, found, batch_size)
-        lm = found.task.lm
-        site = Site(out, abouts, vocabulary(lm.tokenizer, lm.vocab))
+        tokens, special = vocabulary(found.task.lm.tokenizer, found.task.lm.vocab)
+        site = Site(out, abouts, vocabulary=tokens, special=special)
         for i, about in enumerate(abouts):
             together = found.together(i)
-            site.write(about, found.features(i, together), together)
-        if neuronpedia is not None:
-            export_neuronpedia(neuronpedia, release, found)
+            groups = {name: [group.features for group in getattr(together, name)] for name in ("clusters", "exclusive")}
+            site.write(about, found.features(i, together), **groups)
+            if outputs[i]:
+                export(found.material(i), outputs[i], functools.partial(_stage, on_stage, about))
         site.finish()
     return abouts
+
+
+def _stage(on_stage: OnStage, about: About, done: int) -> None:
+    on_stage(f"features of layer {about.layer} exported", done, len(about.features))
 
 
 def _evaluated(abouts: list[About], found: Gathered, batch_size: int | None) -> list[About]:

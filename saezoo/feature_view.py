@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from saezoo.features.records import About, Example, Feature, Histogram, Measured, TokenStat, Weighted
+from saezoo.features.records import About, Example, Feature, Histogram, TokenStat, Weighted
+from saezoo.results import Measured
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
+    from saezoo.features.cooccurrence import Cooccurrence
     from saezoo.features.vocabulary import Vocabulary
 
 _BEFORE, _AFTER = 16, 8  # tokens around a firing
 _TOP, _DRAWN = 5, 2  # contexts of the top, and of each quantile
+_PAIRS, _GROUPS = 15, 10  # rows of the tables of what fires together
 _BARS = " ▁▂▃▄▅▆▇█"
 _PALE, _DEEP = (255, 243, 224), (255, 152, 0)  # black on either has a contrast above 9
 
@@ -139,6 +142,31 @@ def sentence_view(fired: Sequence[Fired], index: int, vocabulary: Vocabulary) ->
         strongest = ", ".join(f"{feature} ({value:.3g})" for feature, value in each.strongest)
         table.add_row(Text(piece, style=style), f"{each.value:.3g}" if each.value else "", strongest)
     return [line, table]
+
+
+def groups_view(found: Cooccurrence) -> list[RenderableType]:
+    """The strongest pairs, the clusters and the exclusive groups of an SAE."""
+    from rich.table import Table
+
+    pairs = Table(title=f"features that fire together, on {found.tokens:,} tokens")
+    for label in ("feature", "with", "fires", "fires", "both", "Jaccard", "PMI"):
+        pairs.add_column(label, justify="right")
+    strongest = sorted(
+        ((a, partner) for a, partners in enumerate(found.partners) for partner in partners if a < partner.feature),
+        key=lambda pair: (-pair[1].jaccard, pair[0]),
+    )
+    for a, (b, both, jaccard, pmi) in strongest[:_PAIRS]:
+        pairs.add_row(
+            str(a), str(b), f"{found.fires[a]:,}", f"{found.fires[b]:,}", f"{both:,}", f"{jaccard:.2f}", f"{pmi:.1f}"
+        )
+    groups = Table(title=f"{len(found.clusters):,} clusters, {len(found.exclusive):,} exclusive groups")
+    for label in ("kind", "features", "mean", "tokens", "two at once", "expected"):
+        groups.add_column(label, justify="left" if label in ("kind", "features") else "right", overflow="fold")
+    for kind, of_kind in (("cluster", found.clusters), ("exclusive", found.exclusive)):
+        for group in of_kind[:_GROUPS]:
+            numbers = f"{group.mean:.2f}", f"{group.tokens:,}", f"{group.both:,}", f"{group.expected:,.0f}"
+            groups.add_row(kind, ", ".join(map(str, group.features)), *numbers)
+    return [pairs, groups]
 
 
 def _token_stats(stats: Sequence[TokenStat], vocabulary: Vocabulary, *, share: bool = False) -> str:

@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.glob("*.py")
 }
-MODULES |= {f"{part}.{path.stem}": path for part in ("trainers", "evals") for path in (PACKAGE / part).glob("*.py")}
+MODULES |= {f"{part}.{path.stem}": path for part in ("trainers", "evals", "features") for path in (PACKAGE / part).glob("*.py")}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 LAYERS = [
     "errors",
@@ -34,11 +34,12 @@ LAYERS = [
     "loading activations report",
     "records model_card",
     "trainers evals",
+    "features",
     "hooked overlay conversion additions sharing",
-    "workflows",
-    "reproduction verification comparison terminal",
+    "workflows feature_view",
+    "reproduction verification comparison dashboard terminal",
     "watching cli_common",
-    "cli_evals cli_zoo cli_sharing",
+    "cli_evals cli_features cli_zoo cli_sharing",
     "cli",
     "__main__ __init__",
 ]
@@ -50,7 +51,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def imported(tree: ast.Module) -> Iterator[str]:
     """Modules of saezoo that `tree` imports anywhere, also inside functions: `trainers.codes`, or `evals.Subject`."""
-    packages = ("saezoo", "saezoo.trainers", "saezoo.evals")
+    packages = ("saezoo", "saezoo.trainers", "saezoo.evals", "saezoo.features")
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -82,12 +83,12 @@ def test_imports_only_go_down(name: str) -> None:
     part = name.split(".")[0]
     for other in imported(TREES[name]):
         theirs = other.split(".")[0]
-        own = part == theirs and part in ("trainers", "evals")
+        own = part == theirs and part in ("trainers", "evals", "features")
         assert own or RANK[theirs] < RANK[part], f"{name} may not import saezoo.{other}"
 
 
 def test_there_are_no_circles() -> None:
-    """Inside trainers/ and evals/ the order is free, but there is one."""
+    """Inside trainers/, evals/ and features/ the order is free, but there is one."""
     needs = {name: set(imported(tree)) & set(MODULES) for name, tree in TREES.items()}
     assert set(graphlib.TopologicalSorter(needs).static_order()) == set(MODULES)
 
@@ -110,7 +111,7 @@ def test_the_page_names_every_module() -> None:
     assert not [name for name in sorted(names) if f"{name}.py`" not in page]
 
 
-LIGHT = "cli cli_zoo cli_sharing model_card __init__ loading hub download lock cache transfers registry files"
+LIGHT = "cli cli_zoo cli_features cli_sharing model_card __init__ loading hub download lock cache transfers registry files"
 LIGHT += " results report live sae_config"
 
 

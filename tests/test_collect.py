@@ -12,10 +12,10 @@ import pytest
 import torch
 from test_compare import F, random_sae
 
+from saezoo import checkpoint
 from saezoo.errors import SaezooError, TextError, TrainingError, UsageError
 from saezoo.evals import Subject, evaluate
 from saezoo.evals.metrics import OF_RECONSTRUCTION
-from saezoo.features import collect as module
 from saezoo.features.collect import Collection, collect
 from saezoo.lm import LanguageModel, load_language_model
 from saezoo.tokens import Rows
@@ -137,17 +137,17 @@ def test_parts_written_after_the_last_checkpoint_are_written_again(
 ) -> None:
     """A kill between the two: the firings are on the disk, the sums are not."""
     wanted = run(lm, rows, tmp_path / "whole")
-    real = module.checkpoint.save
+    real = checkpoint.save
 
     def save(folder: Path, done: int, *rest: Any) -> Any:
         if done >= 12:
             raise KeyboardInterrupt
         return real(folder, done, *rest)
 
-    monkeypatch.setattr(module.checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(SaezooError, match="stopped; 160 tokens are done"):
         run(lm, rows, tmp_path / "stopped")
-    monkeypatch.setattr(module.checkpoint, "save", real)
+    monkeypatch.setattr(checkpoint, "save", real)
     assert_same(run(lm, rows, tmp_path / "stopped", resume=True), wanted)
 
 

@@ -34,7 +34,7 @@ def firings(seed: int, n: int, levels: int) -> Firings:
     random = np.random.default_rng(seed)
     scored_M = np.flatnonzero(np.arange(M) % CONTEXT)
     token_N = np.sort(random.choice(scored_M, n, replace=False))
-    return Firings(token_N, random.integers(1, levels + 1, n).astype(np.float32) / 8)
+    return Firings(token_N, (random.integers(1, levels + 1, n) / 8).astype(np.float32))
 
 
 def ranked(found: Firings) -> list[tuple[int, float]]:

@@ -20,6 +20,7 @@ from saezoo.evals.scoring import Scoring
 from saezoo.features.divergence import divergence
 from saezoo.features.events import Firings
 from saezoo.features.records import Example, Feature, Histogram, Quantile, TokenStat
+from saezoo.features.sampling import splitmix64
 
 Integers = NDArray[np.int64]
 
@@ -113,19 +114,9 @@ def histogram(value_N: NDArray[np.float32], bins: int = BINS) -> Histogram:
 
 
 def hashes(token_N: Integers, *, seed: int, feature: int) -> NDArray[np.uint64]:
-    """A number for each place in the text, as good as random (splitmix64: Steele, Lea and Flood 2014)."""
-    with np.errstate(over="ignore"):
-        start = _mixed(np.uint64(seed) * _GOLDEN + np.uint64(feature + 1) * _OTHER)
-        return _mixed(token_N.astype(np.uint64) * _GOLDEN + start)
-
-
-_GOLDEN, _OTHER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03)
-
-
-def _mixed(x: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)))
+    """A number for each place in the text, as good as random."""
+    key = splitmix64(splitmix64(np.array([seed], dtype=np.uint64)) ^ np.uint64(feature))
+    return splitmix64(token_N.astype(np.uint64) ^ key)
 
 
 def token_stats(firings: Firings, text: Text) -> tuple[tuple[TokenStat, ...], tuple[TokenStat, ...]]:
