@@ -186,7 +186,7 @@ def feature_numbers(text: str, d_sae: int) -> list[int]:
     found: set[int] = set()
     for piece in text.split(","):
         first, dash, last = (part.strip() for part in piece.partition("-"))
-        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+        if not (_is_number(first) and (_is_number(last) if dash else True)):
             raise UsageError(f"--features {shown(text)}: `{shown(piece)}` is no number or range; e.g. 0-99,512")
         start, stop = int(first), int(last or first)
         if start > stop:
@@ -195,6 +195,10 @@ def feature_numbers(text: str, d_sae: int) -> list[int]:
             raise UsageError(f"no feature {stop}; there are {d_sae:,}, 0 to {d_sae - 1}")
         found.update(range(start, stop + 1))
     return sorted(found)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 @dataclass(frozen=True)
@@ -215,9 +219,7 @@ class Exports:
             found.append(BatchFiles(self.batches / about.layer, about, place_of(about)))
         if self.neuronpedia is not None:
             if self.release is None:
-                raise UsageError(
-                    "--neuronpedia needs --release FILE: a YAML file that says whose it is (docs/exports.md)"
-                )
+                raise UsageError("--neuronpedia needs --release FILE, which says whose it is (docs/exports.md)")
             release = strict_yaml.read(self.release, Release)
             found.append(ImportFiles(self.neuronpedia, about, place_of(about), release))
         return found

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from saezoo.features.cooccurrence import Cooccurrence
     from saezoo.features.vocabulary import Vocabulary
 
-_BEFORE, _AFTER = 16, 8  # tokens around a firing
+_BEFORE, _AFTER = 12, 8  # tokens around a firing
 _TOP, _DRAWN = 5, 2  # contexts of the top, and of each quantile
 _PAIRS, _GROUPS = 15, 10  # rows of the tables of what fires together
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -54,7 +54,7 @@ def feature_view(feature: Feature, about: About, vocabulary: Vocabulary) -> list
     if feature.fires == 0:
         return [facts]
     contexts = Table(show_header=False, box=None, padding=(0, 1, 0, 0), expand=False)
-    contexts.add_column(justify="right", no_wrap=True)
+    contexts.add_column(justify="right", no_wrap=True, min_width=6)
     contexts.add_column(no_wrap=True, overflow="ellipsis")
     contexts.add_row("", f"top {min(_TOP, len(feature.top))} of {len(feature.top)} contexts")
     for example in feature.top[:_TOP]:

@@ -20,7 +20,9 @@ ROOT = PACKAGE.parent
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.glob("*.py")
 }
-MODULES |= {f"{part}.{path.stem}": path for part in ("trainers", "evals", "features") for path in (PACKAGE / part).glob("*.py")}
+MODULES |= {
+    f"{part}.{path.stem}": path for part in ("trainers", "evals", "features") for path in (PACKAGE / part).glob("*.py")
+}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 LAYERS = [
     "errors",
@@ -111,7 +113,9 @@ def test_the_page_names_every_module() -> None:
     assert not [name for name in sorted(names) if f"{name}.py`" not in page]
 
 
-LIGHT = "cli cli_zoo cli_features cli_sharing model_card __init__ loading hub download lock cache transfers registry files"
+LIGHT = (
+    "cli cli_zoo cli_features cli_sharing model_card __init__ loading hub download lock cache transfers registry files"
+)
 LIGHT += " results report live sae_config"
 
 

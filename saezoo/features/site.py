@@ -100,12 +100,12 @@ class Site:
 
 def check(out: Path) -> None:
     """SaezooError if `out` holds anything that is no site of ours, or cannot be written."""
-    manifest = out / "data" / "manifest.js"
     if out.exists() and not out.is_dir():
         raise SaezooError(f"{out} is a file; a site is a folder: choose another place with --out")
     if not is_site(out) and any(_foreign(path) for path in out.rglob("*")):
         raise SaezooError(f"{out} holds other files and is no site of saezoo; choose a new or empty folder with --out")
-    files.check_writable(manifest)
+    there = next(place for place in (out / "data", out, *out.absolute().parents) if place.is_dir())
+    files.check_writable(there / ".site")  # `out` itself is made when there is something to write
 
 
 def is_site(folder: Path) -> bool:
