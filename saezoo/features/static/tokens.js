@@ -137,8 +137,10 @@ function tokenText(id, { ids = null, place = 0 } = {}) {
   return element("bdi", { title }, bytes(token));
 }
 
+// What is too long for its place is cut off, and then in the title.
 function tokenChip(id) {
-  return element("span.chip", {}, tokenText(id));
+  const name = vocabulary.name(id);
+  return element("span.chip", { title: name.length > 14 ? name : null }, tokenText(id));
 }
 
 function legend() {
