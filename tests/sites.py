@@ -24,7 +24,22 @@ from saezoo.features.records import (
 from saezoo.features.site import Site
 from saezoo.results import Measured
 
-WORDS = ["<|endoftext|>", " the", " cat", " sat", " on", " mat", "\n", "\t", ".", " dog", "Cat", " house", " of", " river"]
+WORDS = [
+    "<|endoftext|>",
+    " the",
+    " cat",
+    " sat",
+    " on",
+    " mat",
+    "\n",
+    "\t",
+    ".",
+    " dog",
+    "Cat",
+    " house",
+    " of",
+    " river",
+]
 HOSTILE: dict[str, bytes] = {
     "script": b"</script><script>window.hurt=1</script>",
     "image": b"<img src=x onerror='window.hurt=2'>",
@@ -72,7 +87,9 @@ def example(ids: Sequence[int], values: Sequence[float], position: int, *, row: 
     return Example(row, position, document, np.array(ids, np.int64), np.array(values, np.float32))
 
 
-def alive(index: int, *, vocabulary: int = len(WORDS), context: int = 64, examples: int = 5, layer: str = "2") -> Feature:
+def alive(
+    index: int, *, vocabulary: int = len(WORDS), context: int = 64, examples: int = 5, layer: str = "2"
+) -> Feature:
     """A feature that fires: the same for the same arguments."""
     random = np.random.default_rng(index)
 

@@ -211,7 +211,9 @@ from saezoo.features.serve import serve
 serve(pathlib.Path({str(tmp_path / "site")!r}), lambda line: print(line, file=sys.stderr, flush=True), browser=False)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         found = re.search(r"http://127\.0\.0\.1:(\d+)/ \(end with Ctrl-C\)", process.stderr.readline())
         assert found

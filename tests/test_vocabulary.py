@@ -67,5 +67,7 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
     from transformers import PreTrainedTokenizerFast
 
     pieces = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"一": 0, "a": 1}, unk_token="a")))
-    with pytest.raises(WeightsError, match=r"token 0, '一', is not spelled as byte-level BPE .* tokenizer like GPT-2's"):
+    with pytest.raises(
+        WeightsError, match=r"token 0, '一', is not spelled as byte-level BPE .* tokenizer like GPT-2's"
+    ):
         vocabulary(pieces, 2)
