@@ -27,7 +27,7 @@ const vocabulary = {
   // In a sentence: every letter that does not print is spelled out.
   name(id) {
     const token = vocabulary.tokens[id];
-    if (token == null || token === "") return `unknown token ${id}`;
+    if (token == null || token === "") return `unknown id ${id}`;
     if (typeof token !== "string") return `bytes ${token.map(hex).join(" ")}`;
     return `“${[...token].map((letter) => (letter === " " ? letter : escaped(letter) ?? MARKS[letter]?.[0] ?? letter)).join("")}”`;
   },
