@@ -205,7 +205,7 @@ def test_a_deep_link_and_a_reload(window: Browser, site: Path) -> None:
     window.driver.refresh()
     window.until("return document.documentElement.dataset.drawn")
     assert window.text("h1") == "Feature 42"
-    assert "tiny-res 3 · feature 42" == window.driver.title
+    assert window.driver.title == "tiny-res 3 · feature 42"
 
 
 def test_j_and_k_follow_the_list(window: Browser, site: Path) -> None:

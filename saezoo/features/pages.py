@@ -68,7 +68,7 @@ class Columns:
             self.columns[name].append(cell)
 
 
-_COLUMNS = "index fires mean max skew kurtosis divergence tokens promoted".split()
+_COLUMNS = ["index", "fires", "mean", "max", "skew", "kurtosis", "divergence", "tokens", "promoted"]
 
 
 def feature_page(feature: Feature) -> Json:
