@@ -161,6 +161,11 @@ def hostile(index: int = 0) -> Feature:
     )
 
 
+def with_context(context: Example) -> Feature:
+    """A feature with this context alone."""
+    return dataclasses.replace(alive(0), top=(context,), quantiles=())
+
+
 def write(out: Path, *abouts: About, first: Feature | None = None, complete: bool = True) -> Path:
     """A site of `abouts`; `first`: what the first feature of the first SAE is."""
     known = abouts or (about(),)

@@ -98,7 +98,8 @@ function densityHistogram(columns, tokens, { choose, chosen }) {
         words(at(power) + 3, 11, name, "start"));
     }
     bins.forEach((bin, i) => picture.append(densityBar(bin, i, counts.get(bin) ?? 0)));
-    picture.append(svg("line", { class: "axis", x1: 0, x2: slot, y1: base + 0.5, y2: base + 0.5 }),
+    picture.append(words(left(1), 11, `${format.count(most)} in the tallest bar`, "start"),
+      svg("line", { class: "axis", x1: 0, x2: slot, y1: base + 0.5, y2: base + 0.5 }),
       svg("line", { class: "axis", x1: left(1), x2: width, y1: base + 0.5, y2: base + 0.5 }),
       words(0, base + 15, "dead", "start"));
     for (let power = Math.ceil(lowest); power < 0; power++) {

@@ -12,7 +12,7 @@ function featureView(sae, columns, place, page, state) {
     featureHead(sae, columns, place, row, state),
     row.fires > 0 && element("div.firing", {}, activationSection(page, row), topTokens(page)),
     element("div.contexts", {}, contexts(page, row, largest)),
-    element("div.weights", {}, logitSection(page.logits), neighbourSection(sae, page), coactiveSection(sae, page)));
+    element("div.weights", {}, logitSection(page.logits), neighbourSection(sae, columns, page), coactiveSection(sae, columns, page)));
 }
 
 function featureHead(sae, columns, place, row, state) {
@@ -125,28 +125,42 @@ function logitSection(logits) {
     element("div.twins", {}, some(logits.promoted, "Promoted"), some(logits.suppressed, "Suppressed")));
 }
 
-function neighbourSection(sae, page) {
+function neighbourSection(sae, columns, page) {
   if (!page.neighbours.length) return null;
   const layers = [...new Set(page.neighbours.map(([layer]) => layer))];
+  const own = (layer) => layer === sae.layer;
   return section("Nearest decoder directions", layers.map((layer) =>
-    table(layer === sae.layer ? `In this SAE (${layer})` : `In ${layer}`, ["feature", "cosine"],
-      page.neighbours.filter(([other]) => other === layer).map(([, index, cosine]) => [featureLink(layer, index), format.number(cosine)]),
+    table(own(layer) ? `In this SAE (${layer})` : `In ${layer}`, ["feature", "cosine", own(layer) && "top tokens"].filter(Boolean),
+      page.neighbours.filter(([other]) => other === layer).map(([, index, cosine]) =>
+        [featureLink(layer, index), format.number(cosine), ...(own(layer) ? [hint(columns, index)] : [])]),
       { shown: true, numbers: [1] })));
 }
 
-function coactiveSection(sae, page) {
+function coactiveSection(sae, columns, page) {
   if (!page.coactive.length) return null;
-  return section("Fires together with", table("Features that fire on the same tokens", ["feature", "tokens", "Jaccard", "PMI (bits)"],
-    page.coactive.map(([index, both, jaccard, pmi]) => [featureLink(sae.layer, index), format.count(both), format.number(jaccard, 2), format.number(pmi, 2)]),
+  return section("Fires together with", table("Features that fire on the same tokens",
+    ["feature", "tokens", "Jaccard", "PMI (bits)", "top tokens"],
+    page.coactive.map(([index, both, jaccard, pmi]) => [featureLink(sae.layer, index), format.count(both),
+      format.number(jaccard, 2), format.number(pmi, 2), hint(columns, index)]),
     { numbers: [1, 2, 3] }));
 }
 
-// After the page is in the document: the firing stands at the same place of every line, as in a concordance.
+// After the page is in the document: the firing stands at the same place of every line, as in a concordance. Short
+// lines get room at their ends. All is measured before anything is changed, else each line would be laid out again.
 function alignContexts(root) {
-  for (const line of root.querySelectorAll(".text")) {
+  const lines = [...root.querySelectorAll(".text")].filter((line) => line.querySelector(".own"));
+  for (const line of lines) for (const end of ["--before", "--after"]) line.style.removeProperty(end);
+  const measured = lines.map((line) => {
     const own = line.querySelector(".own");
-    if (own) line.scrollLeft = own.offsetLeft + own.offsetWidth / 2 - line.clientWidth * 0.6;
+    const width = line.clientWidth;
+    return { line, width, centre: own.offsetLeft + own.offsetWidth / 2, all: line.lastElementChild.offsetLeft + line.lastElementChild.offsetWidth };
+  });
+  for (const { line, width, centre, all } of measured) {
+    const target = width * 0.6;
+    line.style.setProperty("--before", `${Math.max(0, target - centre)}px`);
+    line.style.setProperty("--after", `${Math.max(0, width - target - (all - centre))}px`);
   }
+  for (const { line, width, centre } of measured) line.scrollLeft = Math.max(0, centre - width * 0.6);
 }
 
 // The value of a token: on hover, on focus, on a tap.

@@ -120,6 +120,7 @@ function overviewView(sae, columns) {
   const dead = columns.fires.filter((fires) => fires === 0).length;
   const view = element("div.overview", {},
     element("h1", { tabindex: -1 }, `${sae.collection} ${sae.layer}`),
+    element("p", {}, `${sae.hook} of ${sae.model}, on ${format.count(sae.tokens)} tokens of ${sae.text}`),
     section("How often features fire",
       chart,
       element("p.quiet", {}, `${format.count(dead)} of ${format.plural(columns.index.length, "feature")} did not fire on `
@@ -132,8 +133,8 @@ function overviewView(sae, columns) {
         element("table.features", {}, element("caption.unseen", {}, "Features; the buttons in the heads sort"),
           element("thead", {}, element("tr", {}, heads)), body)),
       pagers[1]),
-    togetherSection("Clusters", "Features that fire on the same tokens.", sae, columns.clusters),
-    togetherSection("Exclusive groups", "Features that share a context, and of which one fires at a time.", sae, columns.exclusive),
+    togetherSection("Clusters", "Features that fire on the same tokens.", sae, columns, columns.clusters),
+    togetherSection("Exclusive groups", "Features that share a context, and of which one fires at a time.", sae, columns, columns.exclusive),
     element("div.pair", {}, section("What this rests on", restsOn(sae)), section("Measured on these tokens", metricsTable(sae))));
   return { view, update };
 }
@@ -163,14 +164,20 @@ function fillPager(pager, sae, state, pages) {
 
 const SHOWN_GROUPS = 20;
 
-function togetherSection(title, meaning, sae, groups) {
+function togetherSection(title, meaning, sae, columns, groups) {
   if (groups == null) return null;
-  const item = (group) => element("li", {}, group.map((index, i) => [i > 0 && ", ", featureLink(sae.layer, index)]));
+  const item = (group) => element("li", {}, group.map((index) =>
+    element("span.member", {}, featureLink(sae.layer, index), " ", hint(columns, index, 1))));
   const rest = groups.slice(SHOWN_GROUPS);
   return section(title, element("p.quiet", {}, `${meaning} ${groups.length ? format.count(groups.length) : "None found"}.`),
     groups.length > 0 && element("ul.groups", {}, groups.slice(0, SHOWN_GROUPS).map(item)),
     rest.length > 0 && element("details", {}, element("summary", {}, `${format.count(rest.length)} more`),
       element("ul.groups", {}, rest.map(item))));
+}
+
+// What another feature of this SAE is about, in a few tokens.
+function hint(columns, index, most = 2) {
+  return (columns.tokens[columns.places.get(index)] ?? []).slice(0, most).map(tokenChip);
 }
 
 // Plain text where there is no page.

@@ -27,7 +27,7 @@ const vocabulary = {
   // In a sentence: every letter that does not print is spelled out.
   name(id) {
     const token = vocabulary.tokens[id];
-    if (token == null || token === "") return `unknown token ${id}`;
+    if (token == null || token === "") return `unknown id ${id}`;
     if (typeof token !== "string") return `bytes ${token.map(hex).join(" ")}`;
     return `“${[...token].map((letter) => (letter === " " ? letter : escaped(letter) ?? MARKS[letter]?.[0] ?? letter)).join("")}”`;
   },
@@ -137,8 +137,10 @@ function tokenText(id, { ids = null, place = 0 } = {}) {
   return element("bdi", { title }, bytes(token));
 }
 
+// What is too long for its place is cut off, and then in the title.
 function tokenChip(id) {
-  return element("span.chip", {}, tokenText(id));
+  const name = vocabulary.name(id);
+  return element("span.chip", { title: name.length > 14 ? name : null }, tokenText(id));
 }
 
 function legend() {
