@@ -363,15 +363,17 @@ def test_correlations(ours: Material, tmp_path: Path) -> None:
     f_SF = f_RTF[ours.scored_RT].astype(float)
     x_RTD = np.random.default_rng(1).normal(0, 1, (ROWS, T, D)) + f_RTF[..., :D]
     for feature in range(F - 1):
-        for name, other_S in (("neurons", x_RTD[ours.scored_RT]), ("features", f_SF[:, :DEAD])):
-            pearson = np.array([np.corrcoef(f_SF[:, feature], column)[0, 1] for column in other_S.T])
+        for name, other_S in (("neurons", x_RTD[ours.scored_RT]), ("features", f_SF)):
+            alive = [column.any() for column in other_S.T]
+            pearson = np.zeros(len(alive))
+            pearson[alive] = [np.corrcoef(f_SF[:, feature], column)[0, 1] for column in other_S.T[alive]]
             if name == "features":
                 pearson[feature] = 0
-            best = np.argsort(-pearson)[:3]
+            best = np.argsort(-pearson, kind="stable")[:3]
             assert found[feature][f"correlated_{name}_indices"] == best.tolist()
             np.testing.assert_allclose(found[feature][f"correlated_{name}_pearson"], pearson[best], atol=6e-4)
             a, b = f_SF[:, [feature]], other_S[:, best]
-            cosine = (a * b).sum(0) / np.linalg.norm(a) / np.linalg.norm(b, axis=0)
+            cosine = (a * b).sum(0) / (np.linalg.norm(a) * np.linalg.norm(b, axis=0) + 1e-6)
             cosine[best == feature] *= name == "neurons"  # with itself: 0, as SAEDashboard
             np.testing.assert_allclose(found[feature][f"correlated_{name}_l1"], cosine, atol=6e-4)
 
