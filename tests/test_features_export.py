@@ -601,7 +601,7 @@ def test_an_import_leaves_other_things_alone(ours: Material, imported: Path, tmp
 
 @pytest.mark.parametrize("lacking", ["creator_id", "creator", "name", "title", "created"])
 def test_a_release_that_lacks_something(ours: Material, tmp_path: Path, lacking: str) -> None:
-    release = dataclasses.replace(RELEASE, **{lacking: ""})  # type: ignore[arg-type]
+    release = dataclasses.replace(RELEASE, **{lacking: ""})
     with pytest.raises(UsageError, match=f"needs {lacking.replace('_', ' ')} of the release; it is empty"):
         ImportFiles(tmp_path / "np", ours.about, Place("tiny-lm", 8, "ours"), release)
 
