@@ -200,8 +200,8 @@ def correlations(folder: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-def comparable(feature: dict[str, Any]) -> dict[str, list[Any]]:
-    """Every field as a list; of the activations, what does not depend on a draw."""
+def comparable(feature: dict[str, Any]) -> dict[str, Any]:
+    """Every field as a list; of the activations, what does not depend on a draw, nor on the order of equal ones."""
     fields = {name: value if isinstance(value, list) else [value] for name, value in feature.items()}
     activations = fields.pop("activations")
     top = [a for a in activations if a["bin_min"] == -1]
@@ -209,8 +209,9 @@ def comparable(feature: dict[str, Any]) -> dict[str, list[Any]]:
     fields["top: bin_max"] = [top[0]["bin_max"]]
     fires = [a for a in top if a["values"][a["qualifying_token_index"]] > 0]  # the rest are any tokens
     fields["top: activations"] = [a["values"][a["qualifying_token_index"]] for a in fires]
-    fields["top: tokens"] = ["".join(a["tokens"]) + str(a["qualifying_token_index"]) for a in fires]
-    fields["top: all values of the row"] = [value for a in fires for value in a["values"]]
+    fields["top: tokens"] = sorted("".join(a["tokens"]) + str(a["qualifying_token_index"]) for a in fires)
+    rows = {"".join(a["tokens"]): a["values"] for a in fires}
+    fields["top: values of common rows"] = rows
     bins = list(dict.fromkeys(labels))
     for i, name in enumerate(("bin_min", "bin_max", "bin_contains")):
         fields[f"intervals: {name}"] = [bin[i] for bin in bins[1:]]
@@ -218,18 +219,25 @@ def comparable(feature: dict[str, Any]) -> dict[str, list[Any]]:
     return fields
 
 
+def common(ours: Any, theirs: Any) -> tuple[list[Any], list[Any]]:
+    """Lists as they are; of rows by their text, the values of those in both."""
+    if isinstance(ours, list):
+        return ours, theirs
+    keys = sorted(set(ours) & set(theirs))
+    a, b = ([value for key in keys for value in rows[key]] for rows in (ours, theirs))
+    return a, b
+
+
 def differences(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Of each field: features of which any value differs, and the largest difference of a number."""
     pairs = [(comparable(ours[feature]), comparable(theirs[feature])) for feature in theirs]
     for name in pairs[0][1]:
-        both = [(a[name], b[name]) for a, b in pairs]
-        sizes = sum(len(a) != len(b) for a, b in both)
+        both = [common(a[name], b[name]) for a, b in pairs]
         numbers = [abs(x - y) for a, b in both for x, y in zip(a, b, strict=False) if not isinstance(x, str | None)]
         yield {
             "field": name,
             "features": len(both),
             "differ": sum(a != b for a, b in both),
-            "by_length": sizes,
             "values": sum(len(b) for _, b in both),
             "values_differ": sum(x != y for a, b in both for x, y in zip(a, b, strict=False)),
             "largest": max(numbers) if numbers and not name.endswith("_indices") else "",

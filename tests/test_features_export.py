@@ -28,7 +28,7 @@ from saezoo.features.events import Events, Writer
 from saezoo.features.export import BatchFiles, Place, export, place_of
 from saezoo.features.neuronpedia import ImportFiles, Release
 from saezoo.features.records import About
-from saezoo.features.saedashboard import Material
+from saezoo.features.saedashboard import Material, _bars
 from saezoo.features.sampling import draw, others, splitmix64
 from saezoo.tokens import Rows
 
@@ -312,6 +312,15 @@ def test_histogram_and_density(ours: Material, tmp_path: Path, feature: int) -> 
     heights, edges = np.histogram(positive, bins=50)
     assert np.abs(np.cumsum(heights) - np.cumsum(found["freq_hist_data_bar_heights"])).max() <= 1  # an edge in float32
     np.testing.assert_allclose(found["freq_hist_data_bar_values"], (edges[1:] + edges[:-1]) / 2, atol=6e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 50, 5000])
+def test_bins_are_those_of_torch(size: int) -> None:
+    """Also of values on an edge, and of a single one."""
+    for seed in range(20):
+        data = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        for values in (data, (data * 50).round() / 50, data.abs() * 1e-6 + 1000):
+            assert _bars(values.numpy())[0] == torch.histc(values, bins=50).int().tolist()
 
 
 @pytest.mark.parametrize("feature", range(F))
