@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -60,14 +61,14 @@ def run_saedashboard(args: argparse.Namespace) -> dict[str, Any]:
     config.n_tokens_in_prompt, config.model_id, config.layer = tokens_RT.shape[1], "tiny-lm", LAYER
     config.huggingface_dataset_path = "builtin:heldout"
     vocabulary = vocab_dict(model)
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as cache, torch.no_grad():
         for batch, start in enumerate(range(0, args.features, FEATURES_AT_ONCE)):
             features = list(range(start, min(start + FEATURES_AT_ONCE, args.features)))
             data = SaeVisRunner(vis_config(model, features, Path(cache))).run(sae, model, tokens_RT)
             text = NeuronpediaConverter.convert_to_np_json(model, data, config, vocabulary)
             (args.out / f"batch-{batch}.json").write_text(text, encoding="utf-8")
-    return {"seconds": round(time.perf_counter() - begin, 2), "pass_s": ""}
+    return timed(begin, cpu)
 
 
 def vis_config(model: Any, features: list[int], cache: Path) -> Any:
@@ -154,13 +155,18 @@ def run_export(args: argparse.Namespace) -> dict[str, Any]:
     from saezoo.features.export import BatchFiles, export, place_of
 
     found = task(args.tokens)
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         m = material(found, range(args.features), Path(folder))
         passed = time.perf_counter()
         export(m, [BatchFiles(args.out, m.about, place_of(m.about))])
-    done = time.perf_counter()
-    return {"seconds": round(done - begin, 2), "pass_s": round(passed - begin, 2)}
+    return timed(begin, cpu) | {"pass_s": round(passed - begin, 2)}
+
+
+def timed(begin: float, cpu: float) -> dict[str, Any]:
+    """Since then, of this process: seconds, and processor seconds, which other people's work changes less."""
+    seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu
+    return {"seconds": round(seconds, 2), "cpu_s": round(cpu_s, 2), "pass_s": ""}
 
 
 def run_correlations(args: argparse.Namespace) -> dict[str, Any]:
@@ -194,8 +200,8 @@ def correlations(folder: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-def comparable(feature: dict[str, Any]) -> dict[str, list[Any]]:
-    """Every field as a list; of the activations, what does not depend on a draw."""
+def comparable(feature: dict[str, Any]) -> dict[str, Any]:
+    """Every field as a list; of the activations, what does not depend on a draw, nor on the order of equal ones."""
     fields = {name: value if isinstance(value, list) else [value] for name, value in feature.items()}
     activations = fields.pop("activations")
     top = [a for a in activations if a["bin_min"] == -1]
@@ -203,8 +209,9 @@ def comparable(feature: dict[str, Any]) -> dict[str, list[Any]]:
     fields["top: bin_max"] = [top[0]["bin_max"]]
     fires = [a for a in top if a["values"][a["qualifying_token_index"]] > 0]  # the rest are any tokens
     fields["top: activations"] = [a["values"][a["qualifying_token_index"]] for a in fires]
-    fields["top: tokens"] = ["".join(a["tokens"]) + str(a["qualifying_token_index"]) for a in fires]
-    fields["top: all values of the row"] = [value for a in fires for value in a["values"]]
+    fields["top: tokens"] = sorted("".join(a["tokens"]) + str(a["qualifying_token_index"]) for a in fires)
+    rows = {"".join(a["tokens"]): a["values"] for a in fires}
+    fields["top: values of common rows"] = rows
     bins = list(dict.fromkeys(labels))
     for i, name in enumerate(("bin_min", "bin_max", "bin_contains")):
         fields[f"intervals: {name}"] = [bin[i] for bin in bins[1:]]
@@ -212,18 +219,25 @@ def comparable(feature: dict[str, Any]) -> dict[str, list[Any]]:
     return fields
 
 
+def common(ours: Any, theirs: Any) -> tuple[list[Any], list[Any]]:
+    """Lists as they are; of rows by their text, the values of those in both."""
+    if isinstance(ours, list):
+        return ours, theirs
+    keys = sorted(set(ours) & set(theirs))
+    a, b = ([value for key in keys for value in rows[key]] for rows in (ours, theirs))
+    return a, b
+
+
 def differences(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Of each field: features of which any value differs, and the largest difference of a number."""
     pairs = [(comparable(ours[feature]), comparable(theirs[feature])) for feature in theirs]
     for name in pairs[0][1]:
-        both = [(a[name], b[name]) for a, b in pairs]
-        sizes = sum(len(a) != len(b) for a, b in both)
+        both = [common(a[name], b[name]) for a, b in pairs]
         numbers = [abs(x - y) for a, b in both for x, y in zip(a, b, strict=False) if not isinstance(x, str | None)]
         yield {
             "field": name,
             "features": len(both),
             "differ": sum(a != b for a, b in both),
-            "by_length": sizes,
             "values": sum(len(b) for _, b in both),
             "values_differ": sum(x != y for a, b in both for x, y in zip(a, b, strict=False)),
             "largest": max(numbers) if numbers and not name.endswith("_indices") else "",
@@ -261,26 +275,27 @@ def run_command(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     command = ["dashboard", COLLECTION, str(LAYER), "--tokens", str(args.tokens), "--offline"]
     command += ["--features", f"0-{args.features - 1}", "--out", str(folder / "site")]
     command += ["--neuronpedia", str(folder / "neuronpedia")]
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "saezoo", *command], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    seconds = round(time.perf_counter() - begin, 2)
-    return {"seconds": seconds, "pass_s": ""} | {"device": device_name("cpu")} | versions(*PACKAGES)
+    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    measured = {"seconds": round(seconds, 2), "cpu_s": round(cpu_s, 2), "pass_s": ""}
+    return measured | {"device": device_name("cpu")} | versions(*PACKAGES)
 
 
 def compare(args: argparse.Namespace, folder: Path) -> None:
     """Time all three, one after the other."""
     peers = {"saedashboard": args.peer_python} if args.peer_python else {}
-    seconds: dict[str, float] = {}
+    found: dict[str, dict[str, Any]] = {}
     for tool, python in {"export": sys.executable, **peers, "saezoo dashboard": ""}.items():
         load = round(os.getloadavg()[0], 1)
-        row = run(tool, python, args, folder) if python else run_command(args, folder)
-        seconds[tool] = row["seconds"]
+        found[tool] = row = run(tool, python, args, folder) if python else run_command(args, folder)
         what = {"tool": tool, "features": args.features, "tokens": args.tokens, "load_average": load}
         append(args.csv or RESULTS / "dashboard.csv", what | row)
-        print(tool, f"{seconds[tool]} s", flush=True)
-    for tool in ("export", "saezoo dashboard"):
-        if args.peer_python:
-            print(f"SAEDashboard takes {seconds['saedashboard'] / seconds[tool]:.1f} times as long as {tool}")
+        print(tool, f"{row['seconds']} s, {row['cpu_s']} processor seconds", flush=True)
+    for tool in ("export", "saezoo dashboard") if peers else ():
+        wall, cpu = (found["saedashboard"][name] / found[tool][name] for name in ("seconds", "cpu_s"))
+        print(f"SAEDashboard takes {wall:.1f} times as long as {tool}, and {cpu:.1f} times the processor's")
 
 
 TOOLS = {"saedashboard": run_saedashboard, "export": run_export, "correlations": run_correlations}

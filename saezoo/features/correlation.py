@@ -128,9 +128,14 @@ def _both(product: Doubles, x: Moments, y: Moments, tokens: int) -> tuple[Double
 
 
 def _largest(pearson: Doubles, cosine: Doubles, k: int) -> Correlates:
-    index = torch.from_numpy(pearson).topk(min(k, pearson.shape[1])).indices.numpy()
-    top, their_cosine = (np.take_along_axis(part, index, axis=1) for part in (pearson, cosine))
-    return _in_order(Correlates(index, top, their_cosine), k)
+    """Of each row; among equal ones the first, which torch's topk alone leaves open."""
+    k = min(k, pearson.shape[1])
+    enough_n = torch.from_numpy(pearson).topk(k).values[:, -1].numpy()
+    row, index = np.nonzero(pearson >= enough_n[:, None])
+    order = np.lexsort((index, -pearson[row, index], row))
+    first_n = np.searchsorted(row, np.arange(len(pearson)))
+    best_nK = index[order[first_n[:, None] + np.arange(k)]]
+    return Correlates(best_nK, *(np.take_along_axis(part, best_nK, axis=1) for part in (pearson, cosine)))
 
 
 def _in_order(found: Correlates, k: int) -> Correlates:
