@@ -260,7 +260,7 @@ class _Test(NamedTuple):
 
 
 def _exclusive(both_CF: Indices, unit_SD: Tensor, test: _Test, own: range, near: float) -> _Cells:
-    """The pairs that exclude each other, with their cosines; `unit_SD`: the directions of those where it is possible."""
+    """The pairs that exclude each other, with their cosines; `unit_SD`: the directions of those that may."""
     first, last = np.searchsorted(test.possible, (own.start, own.stop))
     cosine = (unit_SD[first:last] @ unit_SD.T).numpy()
     i_N, j_N = np.nonzero(cosine >= near)
