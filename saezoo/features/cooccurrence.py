@@ -3,13 +3,15 @@
 docs/cooccurrence.md has the definitions, and what they find. Memory and time are bounded: `_MOST_FIRINGS`,
 `_MOST_PRODUCTS`.
 
-Shapes: F features, P places of the text (row x context + position), C features of a block, D d_in, N firings.
+Shapes: F features, P places of the text (row x context + position), C features of a block, S features that may exclude
+others, D d_in, N firings or pairs.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,7 +37,7 @@ NEAR = 0.2
 RARELY = 0.1
 """Of what independence would give: exclusive features fire together at most so often."""
 _LEVEL = 0.05  # of the test that firing together so rarely is no chance, over all pairs
-_MOST_FIRINGS = 50_000_000  # at 16 bytes each, in both orders: 800 MB
+_MOST_FIRINGS = 50_000_000  # at 10 bytes each, in both orders: 500 MB
 _MOST_PRODUCTS = 4_000_000_000  # sum over tokens of L0^2: what the counting costs
 _BLOCK_CELLS = 1 << 22  # pairs counted at once: 32 MB as float64
 _MOST_PAIRS = 32  # kept of each feature for clusters and for groups, so that no SAE makes more than F x 32
@@ -123,26 +125,26 @@ def cooccurrence(
     in groups. The same firings give the same result.
     """
     fires_FP, tokens = _matrix(events, scored_P)
-    n_F = np.diff(fires_FP.indptr).astype(np.int64)
-    fires_PF, unit_FD = fires_FP.T.tocsr(), _units(W_dec_FD)
-    rare_F, partners = n_F < FEWEST_FIRES, list[tuple[Coactive, ...]]()
-    usual = int((~rare_F).sum())
-    level = _LEVEL / max(1, usual * (usual - 1) // 2)
-    coactive, exclusive = list[Pair](), list[Pair]()
-    step = max(1, _BLOCK_CELLS // max(1, len(n_F)))
-    for start in range(0, len(n_F), step):
-        block = slice(start, start + step)
-        own_C = np.arange(start, min(start + step, len(n_F)))
-        both_CF = (fires_FP[block] @ fires_PF).toarray()
-        jaccard_CF = jaccard(both_CF, n_F[block, None], n_F)
-        for_none_CF = rare_F[block, None] | rare_F | (own_C[:, None] == np.arange(len(n_F)))
-        jaccard_CF[for_none_CF] = 0
-        partners += _partners(both_CF, jaccard_CF, n_F, own_C, tokens, per_feature)
-        coactive += _pairs(np.where(jaccard_CF >= together, jaccard_CF, 0), start)
-        cosine_CF = (unit_FD[block] @ unit_FD.T).numpy()
-        cosine_CF[for_none_CF | (cosine_CF < near)] = 0
-        exclusive += _pairs(_only_exclusive(cosine_CF, both_CF, n_F, own_C, tokens, level), start)
-        on_progress(min(start + step, len(n_F)), len(n_F))
+    n_F, fires_PF = np.diff(fires_FP.indptr).astype(np.int64), fires_FP.T.tocsr()
+    rare_F, features = n_F < FEWEST_FIRES, len(n_F)
+    test = _Test.of(n_F, tokens)
+    unit_SD = _units(W_dec_FD)[test.possible]
+    partners: list[tuple[Coactive, ...]] = []
+    coactive: list[Pair] = []
+    exclusive: list[Pair] = []
+    step = max(1, _BLOCK_CELLS // max(1, features))
+    for start in range(0, features, step):
+        own = range(start, min(start + step, features))
+        both_CF = _together(fires_FP, fires_PF, own)
+        jaccard_CF = jaccard(both_CF, n_F[own, None], n_F)
+        jaccard_CF[rare_F[own]] = 0
+        jaccard_CF[:, rare_F] = 0
+        jaccard_CF[range(len(own)), own] = 0
+        found = _largest(jaccard_CF, max(per_feature, _MOST_PAIRS))
+        partners += _partners(found.first(per_feature), both_CF, n_F, own, tokens)
+        coactive += found.first(_MOST_PAIRS).pairs(start, at_least=together)
+        exclusive += _exclusive(both_CF, unit_SD, test, own, near).first(_MOST_PAIRS).pairs(start)
+        on_progress(own.stop, features)
     return Cooccurrence(
         tokens=tokens,
         fires=tuple(n_F.tolist()),
@@ -167,8 +169,20 @@ def _matrix(events: Events, scored_P: NDArray[np.bool_]) -> tuple[csr_matrix, in
             kept = int(np.searchsorted(token_N, end))
             indices[ends[-1] : ends[-1] + kept] = token_N[:kept]
             ends.append(ends[-1] + kept)
-    ones_N = np.ones(len(indices), dtype=np.int32)
+    ones_N = np.ones(len(indices), dtype=np.int8)
     return csr_matrix((ones_N, indices, np.array(ends)), shape=(events.n_features, end)), int(scored_P[:end].sum())
+
+
+def _together(fires_FP: csr_matrix, fires_PF: csr_matrix, own: range) -> Indices:
+    """Tokens on which a feature of `own` and any feature fire [C, F].
+
+    Counts what fires on the tokens of each: a third of the time of scipy's sparse product, which goes over them twice.
+    """
+    both_CF = np.empty((len(own), fires_FP.shape[0]), dtype=np.int64)
+    for i, feature in enumerate(own):
+        places = fires_FP.indices[fires_FP.indptr[feature] : fires_FP.indptr[feature + 1]]
+        both_CF[i] = np.bincount(fires_PF[places].indices, minlength=both_CF.shape[1])
+    return both_CF
 
 
 def _units(W_FD: Tensor) -> Tensor:
@@ -176,45 +190,84 @@ def _units(W_FD: Tensor) -> Tensor:
     return torch.nn.functional.normalize(W_FD.detach().cpu().float(), eps=torch.finfo(torch.float32).tiny)
 
 
-def _strongest(weight_CF: NDArray[Any], most: int) -> tuple[Indices, Indices]:
-    """(rows, columns) of the `most` largest weights above 0 of each row, largest first; of equal ones the first."""
+class _Cells(NamedTuple):
+    """Cells of a table [C, F], row by row, the largest weight of a row first; equal ones by column."""
+
+    row_N: Indices
+    column_N: Indices
+    weight_N: Floats
+
+    @staticmethod
+    def of(row_N: Indices, column_N: Indices, weight_N: NDArray[Any]) -> _Cells:
+        """Sorted."""
+        order_N = np.lexsort((column_N, -weight_N, row_N))
+        return _Cells(row_N[order_N], column_N[order_N], weight_N[order_N].astype(np.float64))
+
+    def where(self, chosen_N: NDArray[np.bool_]) -> _Cells:
+        """Some of them."""
+        return _Cells(self.row_N[chosen_N], self.column_N[chosen_N], self.weight_N[chosen_N])
+
+    def first(self, most: int) -> _Cells:
+        """At most so many of each row."""
+        return self.where(np.arange(len(self.row_N)) - np.searchsorted(self.row_N, self.row_N) < most)
+
+    def pairs(self, start: int, at_least: float = -np.inf) -> list[Pair]:
+        """As pairs of features; `start`: that of the first row."""
+        columns = (column.tolist() for column in self.where(self.weight_N >= at_least))
+        return [Pair(min(start + i, j), max(start + i, j), w) for i, j, w in zip(*columns, strict=True)]
+
+
+def _largest(weight_CF: Floats, most: int) -> _Cells:
+    """The `most` largest weights above 0 of each row, and those equal to the last of them."""
     most = min(most, weight_CF.shape[1])
-    least_C1 = -np.partition(-weight_CF, most - 1, axis=1)[:, most - 1 : most]
+    least_C1 = -np.partition(-weight_CF, most - 1, axis=1)[:, most - 1, None]
     row_N, column_N = np.nonzero((weight_CF >= least_C1) & (weight_CF > 0))
-    order_N = np.lexsort((column_N, -weight_CF[row_N, column_N], row_N))
-    row_N, column_N = row_N[order_N], column_N[order_N]
-    place_N = np.arange(len(row_N)) - np.searchsorted(row_N, row_N)
-    return row_N[place_N < most], column_N[place_N < most]
+    return _Cells.of(row_N, column_N, weight_CF[row_N, column_N])
 
 
-def _partners(
-    both_CF: Indices, jaccard_CF: Floats, n_F: Indices, own_C: Indices, tokens: int, most: int
-) -> list[tuple[Coactive, ...]]:
-    row_N, column_N = _strongest(jaccard_CF, most)
-    both_N, jaccard_N = both_CF[row_N, column_N], jaccard_CF[row_N, column_N]
-    pmi_N = np.log2(both_N * (tokens / n_F[own_C[row_N]]) / n_F[column_N])
+def _partners(cells: _Cells, both_CF: Indices, n_F: Indices, own: range, tokens: int) -> list[tuple[Coactive, ...]]:
+    row_N, column_N, jaccard_N = cells
+    both_N = both_CF[row_N, column_N]
+    pmi_N = np.log2(both_N * (tokens / n_F[own.start + row_N]) / n_F[column_N])
     columns = (values.tolist() for values in (column_N, both_N, jaccard_N, pmi_N))
     found = [Coactive(*values) for values in zip(*columns, strict=True)]
-    ends = np.searchsorted(row_N, np.arange(len(own_C) + 1)).tolist()
-    return [tuple(found[first:last]) for first, last in zip(ends[:-1], ends[1:], strict=True)]
+    ends = np.searchsorted(row_N, np.arange(len(own) + 1)).tolist()
+    return [tuple(found[first:last]) for first, last in itertools.pairwise(ends)]
 
 
-def _pairs(weight_CF: NDArray[Any], start: int) -> Iterable[Pair]:
-    row_N, column_N = _strongest(weight_CF, _MOST_PAIRS)
-    columns = (values.tolist() for values in (row_N + start, column_N, weight_CF[row_N, column_N]))
-    for i, j, weight in zip(*columns, strict=True):
-        yield Pair(min(i, j), max(i, j), weight)
+class _Test(NamedTuple):
+    """Whether two features fire together so rarely that they exclude each other."""
+
+    n_F: Indices
+    tokens: int
+    level: float
+    possible: Indices
+    """Features that fire often enough for a pair with the most frequent one to pass."""
+
+    @staticmethod
+    def of(n_F: Indices, tokens: int) -> _Test:
+        """Over all pairs of features that are not rare."""
+        usual = int((n_F >= FEWEST_FIRES).sum())
+        level = _LEVEL / max(1, usual * (usual - 1) // 2)
+        enough_F = (n_F >= FEWEST_FIRES) & (n_F * n_F.max(initial=0) >= -np.log(level) * tokens)
+        return _Test(n_F, tokens, level, np.flatnonzero(enough_F))
+
+    def passes(self, i_N: Indices, j_N: Indices, both_N: Indices) -> NDArray[np.bool_]:
+        """For each pair."""
+        expected_N = self.n_F[i_N] * (self.n_F[j_N] / max(1, self.tokens))
+        passed: NDArray[np.bool_] = (both_N <= RARELY * expected_N) & (pdtr(both_N, expected_N) <= self.level)
+        return passed
 
 
-def _only_exclusive(
-    cosine_CF: NDArray[np.float32], both_CF: Indices, n_F: Indices, own_C: Indices, tokens: int, level: float
-) -> NDArray[np.float32]:
-    """The cosines of pairs that exclude each other, 0 elsewhere."""
-    row_N, column_N = np.nonzero(cosine_CF)
-    both_N, expected_N = both_CF[row_N, column_N], n_F[own_C[row_N]] * (n_F[column_N] / max(1, tokens))
-    chance_N = (both_N > RARELY * expected_N) | (pdtr(both_N, expected_N) > level)
-    cosine_CF[row_N[chance_N], column_N[chance_N]] = 0
-    return cosine_CF
+def _exclusive(both_CF: Indices, unit_SD: Tensor, test: _Test, own: range, near: float) -> _Cells:
+    """The pairs that exclude each other, with their cosines; `unit_SD`: the directions of those that may."""
+    first, last = np.searchsorted(test.possible, (own.start, own.stop))
+    cosine = (unit_SD[first:last] @ unit_SD.T).numpy()
+    i_N, j_N = np.nonzero(cosine >= near)
+    feature_N, column_N = test.possible[first + i_N], test.possible[j_N]
+    both_N = both_CF[feature_N - own.start, column_N]
+    passed_N = test.passes(feature_N, column_N, both_N) & (feature_N != column_N)
+    return _Cells.of(feature_N[passed_N] - own.start, column_N[passed_N], cosine[i_N, j_N][passed_N])
 
 
 def _groups(pairs: list[Pair], fires_FP: csr_matrix, tokens: int) -> tuple[Group, ...]:
