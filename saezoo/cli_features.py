@@ -137,7 +137,7 @@ def features_command(
     from saezoo import dashboard, workflows
     from saezoo.features import table
 
-    table.check_column(sort)
+    table.check_sort(sort)
     if csv_path is not None and str(csv_path) != "-":
         files.check_writable(csv_path)
     options = _runtime(registry, settings)
@@ -153,7 +153,7 @@ def features_command(
     if frame is None:  # only one of several ranks has it
         return
     if str(csv_path) != "-":
-        terminal.print_table(table.rich_table(frame, sort=sort, top=top))
+        terminal.print_table(table.rich_table(frame, sort=sort, top=top, width=terminal.width()))
     if csv_path is not None:
         write(str(csv_path), table.to_csv(frame))
 
@@ -183,7 +183,7 @@ def cooccur_command(
             files.check_writable(path)
     options = _runtime(registry, settings)
     with Stages() as stages:
-        found = dashboard.cooccur(
+        together = dashboard.cooccur(
             collection,
             layer,
             tokens=tokens or workflows.EVAL_TOKENS,
@@ -191,14 +191,14 @@ def cooccur_command(
             options=options,
             **settings,
         )
-    if found is None:  # only one of several ranks has it
+    if together is None:  # only one of several ranks has it
         return
     if str(csv_path) != "-":
-        terminal.print_table(*feature_view.groups_view(found))
+        terminal.print_table(*feature_view.groups_view(together.found, together.tops))
     if csv_path is not None:
-        write(str(csv_path), found.pairs_csv())
+        write(str(csv_path), together.found.pairs_csv())
     if groups is not None:
-        write(str(groups), found.groups_csv())
+        write(str(groups), together.found.groups_csv())
 
 
 @click.command("feature")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,10 @@ from saezoo.errors import UsageError, shown
 from saezoo.evals import evaluate
 from saezoo.evals.summary import versions
 from saezoo.feature_view import Fired
-from saezoo.features import correlation, directions
+from saezoo.features import correlation, directions, table
 from saezoo.features.collect import Collection, collect
 from saezoo.features.cooccurrence import Cooccurrence, cooccurrence
-from saezoo.features.describe import Text, describe
+from saezoo.features.describe import Text, describe, token_stats
 from saezoo.features.export import BatchFiles, Output, export, place_of
 from saezoo.features.neuronpedia import ImportFiles, Release
 from saezoo.features.records import About, Feature
@@ -297,7 +297,9 @@ def feature_table(
     on_stage: OnStage = lambda stage, done, total: None,
     **settings: Any,
 ) -> pandas.DataFrame | None:
-    """One row for each feature of each SAE; columns in docs/dashboards.md. `settings`: as for `gathered`."""
+    """One row for each feature of each SAE; columns in docs/features-csv.md. `settings`: as for `gathered`."""
+    import pandas as pd
+
     with gathered(name, layers, on_stage=on_stage, **settings) as found:
         if found is None:
             return None
@@ -305,8 +307,22 @@ def feature_table(
         frames = []
         for i in range(len(found.task.subjects)):
             features = found.features(i, found.together(i))
-            frames.append(table.frame(features, found.about(i), lambda token: tokens[token]))
-        return table.joined(frames)
+            text_of = functools.partial(_text_of, tokens)
+            frames.append(table.to_frame(features, found.about(i), text_of))
+        return pd.concat(frames, ignore_index=True)
+
+
+def _text_of(tokens: Sequence[bytes], token: int) -> str:
+    return tokens[token].decode(errors="backslashreplace")
+
+
+@dataclass(frozen=True)
+class Together:
+    """What of one SAE fires together."""
+
+    found: Cooccurrence
+    tops: tuple[str, ...]
+    """Of each feature, the token with the largest share of its activation; empty if it never fired."""
 
 
 def cooccur(
@@ -315,14 +331,24 @@ def cooccur(
     *,
     on_stage: OnStage = lambda stage, done, total: None,
     **settings: Any,
-) -> Cooccurrence | None:
+) -> Together | None:
     """What of one SAE fires together, and what never does. `settings`: as for `gathered`."""
     with gathered(name, layer, on_stage=on_stage, **settings) as found:
         if found is None:
             return None
-        if len(found.task.subjects) > 1:
-            raise UsageError(f"{name} has {len(found.task.subjects)} SAEs; say which layer")
-        return found.together(0)
+        _only_one(name, found)
+        tokens, events = vocabulary(found.task.lm.tokenizer, found.task.lm.vocab).tokens, found.collection.events[0]
+        tops = []
+        for start, stop in events.blocks(range(events.n_features)):
+            for firings in events.block(start, stop):
+                stats = token_stats(firings, found.text)[1] if len(firings.token_N) else ()
+                tops.append(_text_of(tokens, stats[0].token) if stats else "")
+        return Together(found.together(0), tuple(tops))
+
+
+def _only_one(name: str | Path, found: Gathered) -> None:
+    if len(found.task.subjects) > 1:
+        raise UsageError(f"{name} has {len(found.task.subjects)} SAEs; say which layer")
 
 
 @dataclass(frozen=True)
@@ -349,8 +375,7 @@ def feature(
         if found is None:
             raise UsageError("`saezoo feature` is for one process; leave torchrun out")
         subject, lm = found.task.subjects[0], found.task.lm
-        if len(found.task.subjects) > 1:
-            raise UsageError(f"{name} has {len(found.task.subjects)} SAEs; say which layer")
+        _only_one(name, found)
         fired = None if sentence is None else fires_on(sentence, subject.sae, lm, index)
         (described,) = found.features(0, found.together(0))
         return Shown(described, found.about(0), vocabulary(lm.tokenizer, lm.vocab), fired)

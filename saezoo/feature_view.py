@@ -144,20 +144,28 @@ def sentence_view(fired: Sequence[Fired], index: int, vocabulary: Vocabulary) ->
     return [line, table]
 
 
-def groups_view(found: Cooccurrence) -> list[RenderableType]:
-    """The strongest pairs, the clusters and the exclusive groups of an SAE."""
+def groups_view(found: Cooccurrence, tops: Sequence[str]) -> list[RenderableType]:
+    """The strongest pairs, the clusters and the exclusive groups of an SAE; `tops`: a token for each feature."""
     from rich.table import Table
+
+    names = [f"{i} {spelled(top.encode())!r}" if top else str(i) for i, top in enumerate(tops)]
 
     pairs = Table(title=f"features that fire together, on {found.tokens:,} tokens")
     for label in ("feature", "with", "fires", "fires", "both", "Jaccard", "PMI"):
-        pairs.add_column(label, justify="right")
+        pairs.add_column(label, justify="left" if label in ("feature", "with") else "right")
     strongest = sorted(
         ((a, partner) for a, partners in enumerate(found.partners) for partner in partners if a < partner.feature),
         key=lambda pair: (-pair[1].jaccard, pair[0]),
     )
     for a, (b, both, jaccard, pmi) in strongest[:_PAIRS]:
         pairs.add_row(
-            str(a), str(b), f"{found.fires[a]:,}", f"{found.fires[b]:,}", f"{both:,}", f"{jaccard:.2f}", f"{pmi:.1f}"
+            names[a],
+            names[b],
+            f"{found.fires[a]:,}",
+            f"{found.fires[b]:,}",
+            f"{both:,}",
+            f"{jaccard:.2f}",
+            f"{pmi:.1f}",
         )
     groups = Table(title=f"{len(found.clusters):,} clusters, {len(found.exclusive):,} exclusive groups")
     for label in ("kind", "features", "mean", "tokens", "two at once", "expected"):
@@ -165,7 +173,7 @@ def groups_view(found: Cooccurrence) -> list[RenderableType]:
     for kind, of_kind in (("cluster", found.clusters), ("exclusive", found.exclusive)):
         for group in of_kind[:_GROUPS]:
             numbers = f"{group.mean:.2f}", f"{group.tokens:,}", f"{group.both:,}", f"{group.expected:,.0f}"
-            groups.add_row(kind, ", ".join(map(str, group.features)), *numbers)
+            groups.add_row(kind, ", ".join(names[i] for i in group.features), *numbers)
     return [pairs, groups]
 
 

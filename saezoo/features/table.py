@@ -23,6 +23,8 @@ TOKENS = 10
 """In a cell, at most."""
 _NO_LOGITS = dict.fromkeys(("promoted", "suppressed", "logit_std", "logit_skew", "logit_kurtosis"))
 _NUMBERS = ("mean", "max", "log10_density", "logit_std", "logit_skew", "logit_kurtosis", "divergence")
+SORTABLE = ("feature", "fires", "density", *_NUMBERS, "divergence_lo", "divergence_hi")
+"""Columns of numbers."""
 _SHOWN = ("feature", "density", "mean", "max", "divergence")
 _LISTED = {"top_tokens": 4, "promoted": 3}
 """Columns of the terminal's table that hold tokens, and how many it shows."""
@@ -84,18 +86,22 @@ def _json(value: Any) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
+def check_sort(column: str) -> None:
+    """UsageError unless it is a column of numbers."""
+    if column not in SORTABLE:
+        raise UsageError(f"features cannot be sorted by `{shown(column)}`; give one of {', '.join(SORTABLE)}")
+
+
 def rich_table(frame: pandas.DataFrame, *, sort: str, top: int, width: int) -> Table:
     """The first `top` features by the column `sort`, the largest first (`feature`: the smallest), unknown last.
 
     At most `width` columns of text, 70 at least. Numbers are never cut; tokens are, or left out without room for them.
-    Raises UsageError if `sort` names no column of numbers.
+    Raises UsageError if `sort` is none of `SORTABLE`.
     """
     from rich.table import Table
     from rich.text import Text
 
-    numeric = [str(name) for name in frame.columns if frame[name].dtype.kind in "iufb"]
-    if sort not in numeric:
-        raise UsageError(f"features cannot be sorted by `{shown(sort)}`; give one of {', '.join(numeric)}")
+    check_sort(sort)
     chosen = frame.sort_values([sort, "feature"], ascending=[sort == "feature", True], na_position="last")[:top]
     names = list(dict.fromkeys((*_SHOWN, sort)))
     listed = list(_LISTED.items())[: max(0, (width - _NUMBERS_WIDTH) // _TOKENS_WIDTH)]
