@@ -1,13 +1,17 @@
-# make demo: evaluate the bundled zoo. make test: the tests. Both make .venv first, once, from pinned versions.
+# make demo: evaluate the bundled zoo. make demo-site: its features, as pages. make test: the tests. All make .venv first, once, from pinned versions.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 PARALLEL := --numprocesses auto --maxprocesses 8
 
-.PHONY: demo test lint types coverage clean
+.PHONY: demo demo-site test lint types coverage clean
 
 demo: $(VENV)/installed
 	$(RUN)/saezoo eval tiny-res all --offline --csv demo.csv
+
+demo-site: $(VENV)/installed
+	$(RUN)/saezoo dashboard tiny-res all --offline --evaluate --out dashboards/tiny-res
+	$(RUN)/python -m webbrowser "file://$(CURDIR)/dashboards/tiny-res/index.html"
 
 test: $(VENV)/installed
 	$(RUN)/python -m pytest $(PARALLEL)
@@ -29,4 +33,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo.csv
+	rm -rf $(VENV) demo.csv dashboards

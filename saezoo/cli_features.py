@@ -16,6 +16,7 @@ from saezoo.errors import UsageError
 
 def _pass_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options of every command that reads a text for all features."""
+    command = runtime_options(command)
     for option in reversed(
         [
             click.option("--tokens", type=click.IntRange(min=1), help="Tokens to run.  [default: 65,536]"),
@@ -29,7 +30,7 @@ def _pass_options(command: Callable[..., None]) -> Callable[..., None]:
         ]
     ):
         command = option(command)
-    return runtime_options(command)
+    return command
 
 
 class Stages(ExitStack):

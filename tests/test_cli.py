@@ -40,6 +40,13 @@ OPTIONS = {
     "compare": "--tokens --threshold --model --dtype --csv --json --text --dataset --device --seed --offline",
     "reproduce": "--tokens --out --recipe --resume --plan --eval-tokens --product --model-dtype --share --tensorboard"
     " --wandb --text --dataset --device --seed --offline",
+    "dashboard": "--out --features --batches --neuronpedia --release --evaluate --serve --tokens --model --layout --dtype"
+    " --batch-size --resume --text --dataset --device --seed --offline",
+    "features": "--csv --sort --top --tokens --model --layout --dtype --batch-size --resume --text --dataset --device"
+    " --seed --offline",
+    "feature": "--text --corpus --tokens --model --device --seed --offline",
+    "cooccur": "--csv --groups --tokens --model --layout --dtype --batch-size --resume --text --dataset --device --seed"
+    " --offline",
     "push": "--repo --private --yes --dry-run --mirror",
     "add": "--name --model --licence",
 }
@@ -140,6 +147,10 @@ def test_help_names_every_command() -> None:
         "verify",
         "compare",
         "reproduce",
+        "dashboard",
+        "features",
+        "feature",
+        "cooccur",
         "push",
         "add",
     ]
@@ -202,7 +213,7 @@ def test_info_json() -> None:
         (["lst"], "no command `lst`; did you mean `list`?"),
         (
             ["zzzz"],
-            "no command `zzzz`; commands: list, info, get, convert, cache, eval, verify, compare, reproduce, push",
+            "no command `zzzz`; commands: list, info, get, convert, cache, eval, verify, compare, reproduce, dashboard",
         ),
         (["--registry", "absent.yaml", "list"], "no registry file absent.yaml"),
         (["info", "gpt2-smal-res", "0"], "no collection `gpt2-smal-res`; did you mean `gpt2-small-res`?"),
