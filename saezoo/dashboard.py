@@ -20,9 +20,10 @@ from saezoo.feature_view import Fired
 from saezoo.features import correlation, directions, table
 from saezoo.features.collect import Collection, collect
 from saezoo.features.cooccurrence import Cooccurrence, cooccurrence
-from saezoo.features.describe import Text, describe, token_stats
+from saezoo.features.describe import Text, token_stats
 from saezoo.features.export import BatchFiles, Output, export, place_of
 from saezoo.features.neuronpedia import ImportFiles, Release
+from saezoo.features.parallel import describe_all
 from saezoo.features.records import About, Feature
 from saezoo.features.saedashboard import Material
 from saezoo.features.site import Site, check
@@ -51,6 +52,8 @@ class Gathered:
     seed: int
     neuronpedia: tuple[str | None, ...]
     """Of each SAE: where Neuronpedia has the same features."""
+    workers: int
+    """Processes that describe features."""
     on_stage: OnStage
 
     def about(self, i: int) -> About:
@@ -94,17 +97,15 @@ class Gathered:
         logits = directions.logits(subject.sae.W_dec, directions.unembedding(self.task.lm), chosen)
         decoders = {other.layer: other.sae.W_dec for other in self.task.subjects}
         neighbours = directions.neighbours(subject.layer, decoders, chosen, self._near(i))
-        done = 0
-        for start, stop in events.blocks(chosen):
-            for index, firings in zip(range(start, stop), events.block(start, stop), strict=True):
-                yield dataclasses.replace(
-                    describe(index, firings, self.text),
-                    logits=next(logits),
-                    neighbours=next(neighbours),
-                    coactive=() if together is None else together.partners[index],
-                )
-                done += 1
-                self.on_stage(f"features of layer {subject.layer}", done, len(chosen))
+        described = describe_all(events, self.text, chosen, self.workers)
+        for done, feature in enumerate(described, start=1):
+            yield dataclasses.replace(
+                feature,
+                logits=next(logits),
+                neighbours=next(neighbours),
+                coactive=() if together is None else together.partners[feature.index],
+            )
+            self.on_stage(f"features of layer {subject.layer}", done, len(chosen))
 
     def material(self, i: int) -> Material:
         """What exports of the i-th SAE are made from."""
@@ -141,12 +142,13 @@ def gathered(
     batch_size: int | None = None,
     correlate: bool = False,
     resume: bool = False,
+    workers: int = 1,
     on_stage: OnStage = lambda stage, done, total: None,
     options: Options | None = None,
 ) -> Iterator[Gathered | None]:
     """The firings of SAEs on a text, kept on disk until the block ends without an error.
 
-    Arguments as for `workflows.evaluate`; `features`: those wanted, `0-99,512`; `correlate` as for `collect`. Under
+    Arguments as for `workflows.evaluate`; `features`: those wanted, `0-99,512`; `correlate` as for `collect`; `workers` as for `describe_all`. Under
     torchrun the ranks share the rows, and rank 0 alone gets the result; the others get None.
     """
     with workflows.together(options or Options()) as (ranks, options):
@@ -172,7 +174,7 @@ def gathered(
             yield None
             return
         pages = tuple(_neuronpedia(subject.collection, subject.layer, options) for subject in task.subjects)
-        yield Gathered(task, collection, Text.of(collection.scoring), chosen, options.seed, pages, on_stage)
+        yield Gathered(task, collection, Text.of(collection.scoring), chosen, options.seed, pages, workers, on_stage)
         collection.remove()
 
 
