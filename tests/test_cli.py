@@ -40,8 +40,8 @@ OPTIONS = {
     "compare": "--tokens --threshold --model --dtype --csv --json --text --dataset --device --seed --offline",
     "reproduce": "--tokens --out --recipe --resume --plan --eval-tokens --product --model-dtype --share --tensorboard"
     " --wandb --text --dataset --device --seed --offline",
-    "dashboard": "--out --features --batches --neuronpedia --release --evaluate --serve --tokens --model --layout --dtype"
-    " --batch-size --resume --text --dataset --device --seed --offline",
+    "dashboard": "--out --features --batches --neuronpedia --release --evaluate --serve --tokens --model --layout"
+    " --dtype --batch-size --resume --text --dataset --device --seed --offline",
     "features": "--csv --sort --top --tokens --model --layout --dtype --batch-size --resume --text --dataset --device"
     " --seed --offline",
     "feature": "--text --corpus --tokens --model --device --seed --offline",

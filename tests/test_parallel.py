@@ -19,6 +19,7 @@ N = 40
 def events(tmp_path: Path) -> Events:
     random = torch.Generator().manual_seed(0)
     f_MF = torch.relu(torch.randn(640, N, generator=random) - 1)
+    f_MF[::16] = 0  # the special token of each row
     writer = Writer(tmp_path, N, 900)
     for start in range(0, 640, 64):
         feature_N, token_N = f_MF[start : start + 64].T.nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""`describe` for many features, by several processes: it is arithmetic on small arrays, which threads do not speed up."""
+"""`describe` for many features, by several processes: threads do not speed up arithmetic on small arrays."""
 
 from __future__ import annotations
 
