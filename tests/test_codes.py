@@ -86,6 +86,9 @@ def test_every_way_is_the_formula_in_float64(p: Problem, block: int) -> None:
         assert torch.equal(code.fires_F, (f_BF > 0).sum(0))
         assert close(code.sums_F, f_BF.sum(0), 1e-10)
         assert close(code.decode(p.W_dec_FD), x_hat_BD, 1e-10)
+        feature_N, token_N = f_BF.T.nonzero(as_tuple=True)
+        assert torch.equal(code.pairs().feature_N, feature_N) and torch.equal(code.pairs().token_N, token_N)
+        assert torch.allclose(code.pairs().value_N, f_BF[token_N, feature_N], rtol=1e-8, atol=1e-300)
         for found, gradient in zip(code.gradients(p.grad_BD, p.W_dec_FD, p.l1_F), wanted, strict=True):
             assert close(found, gradient, 1e-10)
 
