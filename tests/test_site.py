@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -232,6 +234,9 @@ def answer(port: int, path: str, **headers: str) -> tuple[int, bytes]:
 
 def test_the_server_serves_the_site_and_ends_quietly(server: tuple[subprocess.Popen[str], int]) -> None:
     process, port = server
+    with socket.create_connection(("127.0.0.1", port)) as impatient:  # goes before the answer comes
+        impatient.sendall(b"GET /data/sae0/0.js HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        impatient.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     status, body = answer(port, "/")
     assert status == 200 and b"<title>Features</title>" in body
     assert answer(port, "/data/manifest.js")[1].startswith(MARK.encode())
@@ -240,7 +245,9 @@ def test_the_server_serves_the_site_and_ends_quietly(server: tuple[subprocess.Po
     assert (process.stderr.read(), process.wait(10)) == ("", 0)
 
 
-@pytest.mark.parametrize("path", ["/../secret", "/%2e%2e/secret", "/link", "/data/", "/absent"])
+@pytest.mark.parametrize(
+    "path", ["/../secret", "/%2e%2e/secret", "/link", "/data/", "/absent", "/%00", f"/{'x' * 300}"]
+)
 def test_the_server_serves_nothing_else(server: tuple[subprocess.Popen[str], int], path: str) -> None:
     """Not what lies outside, not what a link leads to, no lists of files."""
     status, body = answer(server[1], path)
