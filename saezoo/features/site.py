@@ -26,6 +26,8 @@ MARK = "// saezoo site, format 1"
 """First line of the manifest: the folder is ours, and may be written again."""
 SHARD = 64
 """Features in a file."""
+_LEVEL = 3
+"""Of compression: a quarter of the time of the usual 6, and 11 % more bytes."""
 
 
 class Site:
@@ -90,7 +92,7 @@ class Site:
     def _clear(self) -> None:
         """Remove the data of the site that was here."""
         try:
-            for folder in self._data.glob("sae*"):
+            for folder in self._data.glob("sae[0-9]*"):
                 shutil.rmtree(folder)
         except OSError as error:
             raise files.cannot_write(self._data, error) from None
@@ -127,7 +129,7 @@ def _foreign(path: Path) -> bool:
 def script(name: str, value: Any) -> str:
     """A call that hands `value` over: JSON, deflated, in base64, which is less than half of its size and cannot be
     taken for anything but a string."""
-    packed = zlib.compress(json.dumps(value, separators=(",", ":"), allow_nan=False).encode())
+    packed = zlib.compress(json.dumps(value, separators=(",", ":"), allow_nan=False).encode(), _LEVEL)
     return f'saezoo.take("{name}","{base64.b64encode(packed).decode()}")\n'
 
 
