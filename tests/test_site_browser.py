@@ -122,12 +122,12 @@ def test_every_column_sorts_both_ways(window: Browser, site: Path, column: int) 
     """What is unknown comes last both ways; the list keeps the focus where it was."""
     window.open(address(site, "#/2"))
     orders = []
+    head = f".features thead th:nth-child({column + 1})"
+    new = "const way = document.querySelector(arguments[0]).ariaSort; return arguments[1].includes(way) ? null : way"
     for _ in range(2):
-        window.click(f".features thead th:nth-child({column + 1}) button")
-        window.until(
-            "return document.querySelector(arguments[0]).ariaSort", f".features thead th:nth-child({column + 1})"
-        )
-        orders.append(window.run("return document.querySelector('[aria-sort]').getAttribute('aria-sort')"))
+        before = [window.run("return document.querySelector(arguments[0]).ariaSort", head)]
+        window.click(f"{head} button")
+        orders.append(window.until(new, head, [*before, None]))
         assert window.run("return document.activeElement.closest('th').hasAttribute('aria-sort')")
         if column not in (0, 2, 5, 6, 8):  # of which the dead have nothing
             assert not any(index % 10 == 9 for index in rows(window))
@@ -176,6 +176,11 @@ def test_the_bars_hold_all_features(window: Browser, site: Path) -> None:
     window.until("return document.querySelector('.pick[role]')")
     labels = window.run("return [...document.querySelectorAll('.pick[role]')].map(bar => bar.ariaLabel)")
     assert sum(int(re.findall(r": (\d+) feature", label)[0]) for label in labels) == 128
+
+
+def test_a_link_to_a_filtered_list(window: Browser, site: Path) -> None:
+    window.open(address(site, "#/2?sort=-index&by=index&q=1&bin=dead"))
+    assert rows(window) == [119, 109, 19]
 
 
 def test_pages_of_the_list(window: Browser, site: Path) -> None:
@@ -348,18 +353,80 @@ def test_an_incomplete_site_says_so(window: Browser, tmp_path: Path) -> None:
     assert "Run the same command again" in window.text("#banner")
 
 
+def test_an_sae_that_is_not_written_yet(window: Browser, tmp_path: Path) -> None:
+    """Those that are can be read meanwhile."""
+    from saezoo.features.site import Site
+
+    known = [sites.about("2"), sites.about("3")]
+    Site(tmp_path, known, vocabulary=sites.VOCABULARY, special={0}).write(known[0], sites.features(known[0]))
+    window.open(address(tmp_path, "#/3/5"))
+    assert window.text("h1") == "3 is not written yet."
+    window.open(address(tmp_path, "#/2/5"))
+    assert window.text("h1") == "Feature 5"
+
+
+def test_the_site_over_http(window: Browser, site: Path) -> None:
+    """As from the disk, from `serve`'s server."""
+    import functools
+    import threading
+    from http.server import ThreadingHTTPServer
+
+    from saezoo.features.serve import Handler
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, folder=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        window.open(f"http://127.0.0.1:{server.server_address[1]}/#/2/5")
+        assert (window.text("h1"), window.complaints()) == ("Feature 5", [])
+        window.driver.get("about:blank")
+        server.shutdown()
+
+
+NUMBERS = {
+    "format.number(0.0100)": "0.0100",
+    "format.number(-1.2345)": "−1.23",
+    "format.number(12345.6)": "12,346",
+    "format.number(0.000123)": "1.23e-4",
+    "format.number(0)": "0",
+    "format.number(null)": "–",
+    "format.count(24576)": "24,576",
+    "format.count(null)": "–",
+    "format.density(53, 64990)": "1 in 1,226 (8.2e-4)",
+    "format.density(64990, 64990)": "1 in 1.0 (1.0e0)",
+    "format.density(0, 64990)": "dead",
+    "format.power(format.densityBound(64990))": "4.6e-5",
+    "format.interval([0.5, null, null])": "0.500",
+    "format.interval(null)": "–",
+    "binName(binOf(1000, 10000))": "density 1.0e-1 to 1.8e-1",
+    "binName(binOf(64990, 64990))": "density 5.6e-1 to 1.0e0",
+}
+
+
+@pytest.mark.parametrize("call", NUMBERS)
+def test_numbers_as_text(window: Browser, site: Path, call: str) -> None:
+    """What is unknown is a dash, never 0."""
+    window.open(address(site))
+    assert window.run(f"return {call}") == NUMBERS[call]
+
+
 def test_a_complete_site_has_no_banner(window: Browser, site: Path) -> None:
     window.open(address(site))
     assert window.run("return document.querySelector('#banner').hidden")
 
 
-@pytest.mark.parametrize(("name", "what"), [("0", "missing"), ("list", "missing"), ("0", "damaged")])
-def test_a_lost_file_is_named(window: Browser, tmp_path: Path, name: str, what: str) -> None:
+@pytest.mark.parametrize("name", ["sae0/0", "sae0/list", "tokens"])
+def test_a_lost_file_is_named(window: Browser, tmp_path: Path, name: str) -> None:
     sites.write(tmp_path)
-    path = tmp_path / "data" / "sae0" / f"{name}.js"
-    path.unlink() if what == "missing" else path.write_text(path.read_text()[:1000])
+    (tmp_path / "data" / f"{name}.js").unlink()
     window.open(address(tmp_path, "#/2/3"))
-    assert window.text("h1") == f"data/sae0/{name}.js is {what}"
+    assert window.text("h1") == f"data/{name}.js is missing"
+
+
+@pytest.mark.parametrize("end", ["", '")\n'])
+def test_a_file_that_was_cut_off_is_named(window: Browser, tmp_path: Path, end: str) -> None:
+    path = sites.write(tmp_path) / "data" / "sae0" / "0.js"
+    path.write_text(path.read_text()[:1024] + end)
+    window.open(address(tmp_path, "#/2/3"))
+    assert window.text("h1") == "data/sae0/0.js is damaged"
 
 
 def test_the_theme_is_chosen_and_remembered(window: Browser, site: Path) -> None:

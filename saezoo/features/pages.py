@@ -8,8 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from saezoo.features.records import About, Example, Feature, Histogram, Logits, TokenStat, Weighted
 from saezoo.results import Measured
 
@@ -95,9 +93,9 @@ def _context(example: Example) -> Json:
     start = max(0, example.position - BEFORE)
     tokens_T = example.tokens_T[start : example.position + AFTER + 1]
     values_T = example.values_T[start : example.position + AFTER + 1]
-    pairs = [[int(i), number(float(values_T[i]), 3)] for i in np.flatnonzero(values_T)]
-    ids = [int(token) for token in tokens_T]
-    return [example.row, example.document, start, len(example.tokens_T), example.position, ids, sum(pairs, [])]
+    pairs = [[i, number(value, 3)] for i, value in enumerate(values_T.tolist()) if value]
+    place = [example.row, example.document, start, len(example.tokens_T), example.position]
+    return [*place, tokens_T.tolist(), list(itertools.chain.from_iterable(pairs))]
 
 
 def _stat(stat: TokenStat) -> Json:

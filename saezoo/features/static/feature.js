@@ -44,10 +44,9 @@ function featureHead(sae, columns, place, row, state) {
 }
 
 function divergenceNote(measured) {
-  const meaning = "Divergence compares the tokens of the top contexts with those of the middle three fifths of the firings: 0 the same, 1 none in common.";
-  if (!measured) return `${meaning} Unknown here: too few firings.`;
-  const lo = measured[1];
-  return lo != null && lo > 0.5 ? `${meaning} It is high: the top contexts alone mislead about what this feature fires on.` : meaning;
+  const meaning = "Divergence: how far the tokens of the top contexts differ from those of the middle three fifths of the "
+    + "firings; 0 the same, 1 none in common. The nearer to 1, the more the top contexts alone mislead.";
+  return measured ? meaning : `${meaning} Unknown here: it fired too rarely.`;
 }
 
 function activationSection(page, row) {
