@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from test_cli import nothing_cached, process, refused, sae_folder, saezoo, text  # noqa: F401  # fixtures
+from test_site import read
 
 from saezoo.dashboard import feature_numbers
 from saezoo.errors import UsageError
@@ -29,13 +29,6 @@ def arguments(sae_folder: Path, tiny_model_folder: Path, text: Path) -> list[obj
     return [sae_folder, "--model", tiny_model_folder, "--text", text, "--tokens", TOKENS]
 
 
-def taken(path: Path) -> Any:
-    """What a script of the site hands over."""
-    call = path.read_text().splitlines()[-1]
-    literal = call[call.index(",'") + 2 : -2]
-    return json.loads(literal.replace("\\'", "'").replace("\\\\", "\\"))
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -43,10 +36,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_site(arguments: list[object], tmp_path: Path) -> None:
     done = saezoo("dashboard", *arguments, "--out", tmp_path / "site")
     assert done.stdout == f"{tmp_path}/site/index.html\n"
-    manifest = taken(tmp_path / "site" / "data" / "manifest.js")
+    manifest = read(tmp_path / "site" / "data" / "manifest.js")
     (about,) = manifest["saes"]
     assert manifest["complete"] and about["features"] == [[0, 32]] and about["tokens"] == 1427
-    assert len(taken(tmp_path / "site" / "data" / "sae0" / "0.js")) == 32
+    assert len(read(tmp_path / "site" / "data" / "sae0" / "0.js")) == 32
     assert not list(Path(os.environ["SAEZOO_CACHE"]).glob("dashboards/*")), "the firings are gone"
 
 
@@ -58,9 +51,9 @@ def test_the_same_command_writes_the_same_bytes(arguments: list[object], tmp_pat
 
 def test_some_features_and_the_evaluation(arguments: list[object], tmp_path: Path) -> None:
     saezoo("dashboard", *arguments, "--features", "9, 0-3", "--evaluate", "--out", tmp_path / "site")
-    (about,) = taken(tmp_path / "site" / "data" / "manifest.js")["saes"]
+    (about,) = read(tmp_path / "site" / "data" / "manifest.js")["saes"]
     assert about["features"] == [[0, 4], [9, 10]] and "ce_delta" in about["metrics"]
-    pages = taken(tmp_path / "site" / "data" / "sae0" / "0.js")
+    pages = read(tmp_path / "site" / "data" / "sae0" / "0.js")
     assert [page["index"] for page in pages] == [0, 1, 2, 3, 9]
     assert all(near[1] < 32 for page in pages for near in page["neighbours"])
 
@@ -86,7 +79,7 @@ def test_exports(arguments: list[object], tmp_path: Path) -> None:
     assert [feature["feature_index"] for feature in batch["features"]] == list(range(32))
     (lines,) = (tmp_path / "np").rglob("features/batch-0.jsonl.gz")
     neurons = [json.loads(line) for line in gzip.decompress(lines.read_bytes()).splitlines()]
-    fires = taken(tmp_path / "site" / "data" / "sae0" / "list.js")["fires"]
+    fires = read(tmp_path / "site" / "data" / "sae0" / "list.js")["fires"]
     assert [round(neuron["frac_nonzero"] * TOKENS) for neuron in neurons] == pytest.approx(fires, abs=0.02 * TOKENS)
     assert len(list((tmp_path / "np").rglob("*.jsonl"))) == 4
 
@@ -167,7 +160,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(arguments: list[object], tmp_pat
     chance, kills, resumed = random.Random(0), 0, False
     for _ in range(40):
         started = [*command, "--out", str(tmp_path / "killed"), *(["--resume"] if resumed else [])]
-        running = subprocess.Popen(started, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen(started, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         saved_before = list((tmp_path / "cache").rglob("checkpoint-*"))
         deadline = time.monotonic() + 60
         while running.poll() is None and list((tmp_path / "cache").rglob("checkpoint-*")) == saved_before:
@@ -179,7 +172,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(arguments: list[object], tmp_pat
         running.send_signal(signal.SIGKILL)
         running.wait()
         kills, resumed = kills + 1, True
-    assert running.communicate(timeout=60) and running.returncode == 0
+    assert running.wait(timeout=60) == 0
     assert kills >= 2
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert list((tmp_path / "cache" / "dashboards").iterdir()) == []
@@ -217,7 +210,7 @@ def test_a_site_that_was_not_finished_says_so(arguments: list[object], tmp_path:
     command += ["--out", str(tmp_path / "site")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"Error: cannot write {tmp_path}/site/data")
-    assert not taken(tmp_path / "site" / "data" / "manifest.js")["complete"]
+    assert not read(tmp_path / "site" / "data" / "manifest.js")["complete"]
 
 
 # One feature, in the terminal
