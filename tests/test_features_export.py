@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from saezoo.errors import SaezooError, UsageError
 from saezoo.features import correlation
-from saezoo.features.correlation import Correlates, Sums, moments, with_features
+from saezoo.features.correlation import Sums, moments, with_features
 from saezoo.features.events import Events, Writer
 from saezoo.features.export import BatchFiles, Place, export, place_of
 from saezoo.features.neuronpedia import ImportFiles, Release
@@ -387,19 +387,14 @@ def test_correlations(ours: Material, tmp_path: Path) -> None:
             np.testing.assert_allclose(found[feature][f"correlated_{name}_l1"], cosine, atol=6e-4)
 
 
-def test_correlations_do_not_depend_on_blocks(ours: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory holds two blocks of features; here of a few firings, and one row of products at a time."""
-
-    class Small(Events):
-        def blocks(self, features: Any, most: int = 150) -> list[tuple[int, int]]:
-            return super().blocks(features, most)
-
-    events = Small([tmp_path / "events"], F)
-    assert len(events.blocks(range(F))) > 3
+def test_correlations_do_not_depend_on_blocks(ours: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory holds two blocks of firings; here of a few, and one row of products at a time."""
     features, tokens = [0, 1, 4, 5, 6], int(ours.scored_RT.sum())
     whole = with_features(ours.events, moments(ours.events), features, tokens)
     monkeypatch.setattr(correlation, "_CELLS", 1)
-    parts: Correlates = with_features(events, moments(events), features, tokens)
+    monkeypatch.setattr(correlation, "_FIRINGS", 250)
+    assert len(ours.events.blocks(range(F), 250)) > 3
+    parts = with_features(ours.events, moments(ours.events), features, tokens)
     assert parts.index_nK.tolist() == whole.index_nK.tolist()
     np.testing.assert_allclose(parts.pearson_nK, whole.pearson_nK, rtol=1e-12)
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saezoo.features.correlation import Correlates, Sums, moments, with_features, with_neurons
+from saezoo.features.correlation import Correlates, Sums, moments, read, with_features, with_neurons
 from saezoo.features.events import Events, Firings
 from saezoo.features.records import About
 from saezoo.features.sampling import draw, others
@@ -107,11 +107,8 @@ class Describer:
         direction_bD = m.W_dec_FD[list(features)].float().cpu() / norm_b[:, None]
         logits_bV = direction_bD @ m.W_U_DV.float().cpu()
         neurons = _rows(with_neurons(m.sums, self._moments, features, len(self._scored_S)), np.arange(len(features)))
-        firings = {
-            feature: own
-            for block in m.events.blocks(sorted(features))
-            for feature, own in zip(range(*block), m.events.block(*block), strict=True)
-        }
+        ascending = sorted(features)
+        firings = dict(zip(ascending, read(m.events, ascending), strict=True))
         for i, feature in enumerate(features):
             value_N = firings[feature].value_N * norm_b[i].numpy()
             folded = Firings(firings[feature].token_N, value_N)
