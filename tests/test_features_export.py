@@ -406,6 +406,15 @@ def test_the_decoder_norm_is_folded(ours: Material, tmp_path: Path) -> None:
     assert described(ours, tmp_path / "a") == described(other, tmp_path / "b")
 
 
+def test_a_decoder_row_of_zeros(ours: Material, tmp_path: Path) -> None:
+    """Its norm counts as 1e-8, as in SAELens: no logits, and nothing that JSON cannot say."""
+    ours.W_dec_FD[1] = 0
+    found = described(ours, tmp_path / "out")[1]
+    assert found["pos_values"] == found["neg_values"] == [0.0] * 10
+    assert (found["logits_hist_data_bar_heights"][25], found["neuron_alignment_l1"]) == (30, [0.0] * 3)
+    assert {value for a in found["activations"] for value in a["values"]} == {0.0}
+
+
 # ---- draws
 
 
