@@ -202,7 +202,7 @@ def correlations(folder: Path) -> dict[int, dict[str, Any]]:
 
 def comparable(feature: dict[str, Any]) -> dict[str, Any]:
     """Every field as a list; of the activations, what does not depend on a draw, nor on the order of equal ones."""
-    fields = {name: value if isinstance(value, list) else [value] for name, value in feature.items()}
+    fields: dict[str, Any] = {name: value if isinstance(value, list) else [value] for name, value in feature.items()}
     activations = fields.pop("activations")
     top = [a for a in activations if a["bin_min"] == -1]
     labels = [(a["bin_min"], a["bin_max"], a["bin_contains"]) for a in activations]

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from saezoo.errors import SaezooError, UsageError
 from saezoo.features import correlation
-from saezoo.features.correlation import Correlates, Sums, moments, with_features
+from saezoo.features.correlation import Sums, moments, with_features
 from saezoo.features.events import Events, Writer
 from saezoo.features.export import BatchFiles, Place, export, place_of
 from saezoo.features.neuronpedia import ImportFiles, Release
@@ -387,19 +387,14 @@ def test_correlations(ours: Material, tmp_path: Path) -> None:
             np.testing.assert_allclose(found[feature][f"correlated_{name}_l1"], cosine, atol=6e-4)
 
 
-def test_correlations_do_not_depend_on_blocks(ours: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory holds two blocks of features; here of a few firings, and one row of products at a time."""
-
-    class Small(Events):
-        def blocks(self, features: Any, most: int = 150) -> list[tuple[int, int]]:
-            return super().blocks(features, most)
-
-    events = Small([tmp_path / "events"], F)
-    assert len(events.blocks(range(F))) > 3
+def test_correlations_do_not_depend_on_blocks(ours: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory holds two blocks of firings; here of a few, and one row of products at a time."""
     features, tokens = [0, 1, 4, 5, 6], int(ours.scored_RT.sum())
     whole = with_features(ours.events, moments(ours.events), features, tokens)
     monkeypatch.setattr(correlation, "_CELLS", 1)
-    parts: Correlates = with_features(events, moments(events), features, tokens)
+    monkeypatch.setattr(correlation, "_FIRINGS", 250)
+    assert len(ours.events.blocks(range(F), 250)) > 3
+    parts = with_features(ours.events, moments(ours.events), features, tokens)
     assert parts.index_nK.tolist() == whole.index_nK.tolist()
     np.testing.assert_allclose(parts.pearson_nK, whole.pearson_nK, rtol=1e-12)
 
@@ -411,13 +406,22 @@ def test_the_decoder_norm_is_folded(ours: Material, tmp_path: Path) -> None:
     assert described(ours, tmp_path / "a") == described(other, tmp_path / "b")
 
 
+def test_a_decoder_row_of_zeros(ours: Material, tmp_path: Path) -> None:
+    """Its norm counts as 1e-8, as in SAELens: no logits, and nothing that JSON cannot say."""
+    ours.W_dec_FD[1] = 0
+    found = described(ours, tmp_path / "out")[1]
+    assert found["pos_values"] == found["neg_values"] == [0.0] * 10
+    assert (found["logits_hist_data_bar_heights"][25], found["neuron_alignment_l1"]) == (30, [0.0] * 3)
+    assert {value for a in found["activations"] for value in a["values"]} == {0.0}
+
+
 # ---- draws
 
 
 def test_splitmix64() -> None:
     """The first outputs of Vigna's splitmix64.c, seed 0."""
-    state = np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    assert splitmix64(state).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    found = [splitmix64(i * 0x9E3779B97F4A7C15 % 2**64) for i in range(3)]
+    assert found == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
 def test_draws_are_uniform_and_different() -> None:

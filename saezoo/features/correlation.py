@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from saezoo.features.events import Events, Firings
+from saezoo.features.events import PART, Events, Firings
 
 Doubles = NDArray[np.float64]
 _EPS = 1e-6  # as SAEDashboard (utils_fns.RollingCorrCoef): what is constant, or 0, correlates by 0
+_FIRINGS = PART  # of a block; 100 MB as a matrix
 _CELLS = 1 << 22  # pairs of features at once: 32 MB for each of some arrays
 
 
@@ -71,43 +72,57 @@ def with_features(events: Events, of: Moments, features: Sequence[int], tokens: 
     """With all other features of the SAE, of `features`, in ascending order. Exact: the products are sparse, and taken
     in blocks, so that memory holds the firings of two blocks."""
     found: list[Correlates] = []
-    for own in events.blocks(features):
-        rows = _matrix(events.block(*own))
+    for own in _groups(events, features):
+        rows = _matrix(read(events, own))
         best: list[Correlates] = []
-        for other in events.blocks(range(events.n_features)):
-            columns = rows if other == own else _matrix(events.block(*other))
-            best.append(_between(rows, columns, of, own, other, tokens, k))
+        for start, stop in events.blocks(range(events.n_features), _FIRINGS):
+            columns = _matrix(events.block(start, stop))
+            best.append(_between(rows, columns, of, np.array(own), start, tokens, k))
         found.append(_merged(best, k))
     return Correlates(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
+def read(events: Events, features: Sequence[int]) -> list[Firings]:
+    """The firings of `features`, in ascending order, read in large pieces."""
+    return [firings for block in events.blocks(features) for firings in events.block(*block)]
+
+
+def _groups(events: Events, features: Sequence[int]) -> list[list[int]]:
+    """`features`, as groups with at most `_FIRINGS` together, or one feature."""
+    found: list[list[int]] = []
+    held = 0
+    for feature in features:
+        held += int(events.fires_F[feature])
+        if found and held <= _FIRINGS:
+            found[-1].append(feature)
+        else:
+            found.append([feature])
+            held = int(events.fires_F[feature])
+    return found
+
+
 def _between(
-    rows: csr_matrix,
-    columns: csr_matrix,
-    of: Moments,
-    own: tuple[int, int],
-    other: tuple[int, int],
-    tokens: int,
-    k: int,
+    rows: csr_matrix, columns: csr_matrix, of: Moments, own: NDArray[np.int64], start: int, tokens: int, k: int
 ) -> Correlates:
-    """Of the features own[0]..own[1]-1, among other[0]..other[1]-1."""
+    """Of the features `own`, the rows, with those from `start` on, the columns."""
     size = max(rows.shape[1], columns.shape[1])
     rows.resize(rows.shape[0], size)
     columns.resize(columns.shape[0], size)
     columns_T = columns.T.tocsr()
-    y = Moments(*(part[other[0] : other[1]] for part in of))
+    stop = start + columns.shape[0]
+    y = Moments(*(part[start:stop] for part in of))
     step = max(1, _CELLS // columns.shape[0])
     found: list[Correlates] = []
-    for first in range(own[0], own[1], step):
-        last = min(first + step, own[1])
-        x = Moments(*(part[first:last] for part in of))
-        product = (rows[first - own[0] : last - own[0]] @ columns_T).toarray()
-        pearson, cosine = _both(product, x, y, tokens)
-        for feature in range(max(first, other[0]), min(last, other[1])):
-            # With itself 1, which says nothing; 0 as in SAEDashboard.
-            pearson[feature - first, feature - other[0]] = cosine[feature - first, feature - other[0]] = 0.0
+    for first in range(0, len(own), step):
+        some = own[first : first + step]
+        pearson, cosine = _both(
+            (rows[first : first + step] @ columns_T).toarray(), Moments(*(p[some] for p in of)), y, tokens
+        )
+        inside = np.flatnonzero((some >= start) & (some < stop))
+        # With itself 1, which says nothing; 0 as in SAEDashboard.
+        pearson[inside, some[inside] - start] = cosine[inside, some[inside] - start] = 0.0
         best = _largest(pearson, cosine, k)
-        found.append(best._replace(index_nK=best.index_nK + other[0]))
+        found.append(best._replace(index_nK=best.index_nK + start))
     return Correlates(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saezoo.features.correlation import Correlates, Sums, moments, with_features, with_neurons
+from saezoo.features.correlation import Correlates, Sums, moments, read, with_features, with_neurons
 from saezoo.features.events import Events, Firings
 from saezoo.features.records import About
 from saezoo.features.sampling import draw, others
@@ -107,11 +107,8 @@ class Describer:
         direction_bD = m.W_dec_FD[list(features)].float().cpu() / norm_b[:, None]
         logits_bV = direction_bD @ m.W_U_DV.float().cpu()
         neurons = _rows(with_neurons(m.sums, self._moments, features, len(self._scored_S)), np.arange(len(features)))
-        firings = {
-            feature: own
-            for block in m.events.blocks(sorted(features))
-            for feature, own in zip(range(*block), m.events.block(*block), strict=True)
-        }
+        ascending = sorted(features)
+        firings = dict(zip(ascending, read(m.events, ascending), strict=True))
         for i, feature in enumerate(features):
             value_N = firings[feature].value_N * norm_b[i].numpy()
             folded = Firings(firings[feature].token_N, value_N)
@@ -190,22 +187,24 @@ class Describer:
     def _shown_rows(
         self, labels: list[tuple[float, float, float]], token_K: NDArray[np.int64], firings: Firings
     ) -> list[Activation]:
+        inside_N = firings.token_N % self._context > 0  # the first position is not shown
+        token_N = firings.token_N[inside_N]
         # Twice, as SAEDashboard: to 4 digits when it collects, to 3 when it converts.
-        value_N = np.round(np.round(firings.value_N.astype(np.float64), 4), 3)
+        value_N = np.round(np.round(firings.value_N[inside_N].astype(np.float64), 4), 3)
         row_K, position_K = np.divmod(token_K, self._context)
-        first_K, last_K = (np.searchsorted(firings.token_N, (row_K + after) * self._context) for after in (0, 1))
+        first_K, last_K = (np.searchsorted(token_N, (row_K + after) * self._context).tolist() for after in (0, 1))
+        place_N, number_N = (token_N % self._context - 1).tolist(), value_N.tolist()
         found = []
-        for i, label in enumerate(labels):
-            own = slice(first_K[i], last_K[i])
-            positions = (firings.token_N[own] - row_K[i] * self._context - 1).tolist()
-            values = [0.0] * self._context
-            for position, value in zip(positions, value_N[own].tolist(), strict=True):
-                values[position] = value
-            del values[-1]  # the first position, at index -1
-            largest = max(values)
-            text = "[" + ", ".join(map(repr, values)) + "]"
-            extremes = (largest, values.index(largest), min(values))
-            found.append(Activation(*label, int(row_K[i]), int(position_K[i]) - 1, text, *extremes))
+        for i, (row, position) in enumerate(zip(row_K.tolist(), position_K.tolist(), strict=True)):
+            places, numbers = (part[first_K[i] : last_K[i]] for part in (place_N, number_N))
+            texts = ["0.0"] * (self._context - 1)
+            for place, number in zip(places, numbers, strict=True):
+                texts[place] = repr(number)
+            largest = max(numbers, default=0.0)
+            where = places[numbers.index(largest)] if largest else 0
+            least = min(numbers) if len(numbers) == len(texts) else 0.0
+            values = "[" + ", ".join(texts) + "]"
+            found.append(Activation(*labels[i], row, position - 1, values, largest, where, least))
         return found
 
 
