@@ -117,7 +117,8 @@ def cooccurrence(
         on_progress: called with (features done, features in all).
 
     Every pair is counted, on the text up to the place where the counting would cost more than 4e9 products (the sum
-    over tokens of L0^2), or hold more than 50 million firings: `tokens` says how many that were. About 1.1 GB with 24,576 features.
+    over tokens of L0^2), or hold more than 50 million firings: `tokens` says how many that were. With 24,576 features
+    it holds at most about 1.1 GB.
 
     Two features exclude each other if they fire together on at most a tenth of the tokens that independence would give,
     and a Poisson variable of that mean is so small with a probability of at most 0.05 / pairs. Features that fire less
