@@ -23,6 +23,7 @@ from saezoo.features import cooccurrence as module
 from saezoo.features.cooccurrence import Cooccurrence, cooccurrence
 from saezoo.features.events import Events, Writer
 from saezoo.features.groups import Pair, cliques
+from saezoo.workflows import Options, prepare
 
 Fires = NDArray[np.bool_]
 Make = Callable[[Fires], Events]
@@ -255,3 +256,18 @@ def test_memory_never_holds_every_pair(make: Make, monkeypatch: pytest.MonkeyPat
     tracemalloc.stop()
     assert len(got.clusters[0].features) == 9
     assert peak < 36e6
+
+
+def test_the_two_features_of_commas_at_the_embedding_of_tiny_res(tmp_path: Path) -> None:
+    """docs/cooccurrence.md has them on the whole text; their directions are near each other, yet they go together."""
+    options = Options()
+    task = prepare("tiny-res", 0, tokens=8192, protocol="standard", model=None, layout=None, options=options)
+    tokens_RT, sae = torch.from_numpy(task.rows.tokens_RT), task.subjects[0].sae
+    with torch.inference_mode():
+        f_PF = sae.encode(task.lm.residuals(tokens_RT, [0])[0]).flatten(0, 1)
+    scored_P = task.rows.tokens_RT.ravel() != task.lm.bos
+    events = events_of(tmp_path, (f_PF > 0).numpy() & scored_P[:, None])
+    got = cooccurrence(events, scored_P, sae.W_dec)
+    assert got.tokens == scored_P.sum() < 8192
+    assert (167, 729) in [tuple(sorted(group.features)) for group in got.clusters]
+    assert got.partners[167][0].feature == 729
