@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/divergence.py
 
-Two parts. `simulated`: 20 top firings and some in the middle, of known distributions over 2,000 tokens. A document
+Three parts. `simulated`: 20 top firings and some in the middle, of known distributions over 2,000 tokens. A document
 fires a geometric number of times; with probability b a firing repeats the document's theme, a token of the same
 distribution (so the truth stays what it is). `tiny-res`: every feature of a layer; the "top" is 20 firings of different
 rows drawn at random from the middle three fifths and taken out of them, so that the truth is 0. Beside saezoo's
 interval: the delete-one-document jackknife alone, and beside the value that from all pairs of firings (Simpson's
-estimator, as if each were a document of its own). Prints tables, appends to results/divergence.csv.
+estimator, as if each were a document of its own). Third, what the top examples of tiny-res really give. Prints tables,
+appends to results/divergence.csv and divergence_tiny_res.csv. Before all, what a call costs.
 """
 
 from __future__ import annotations
@@ -159,13 +160,49 @@ def tiny_res(layer: int) -> None:
     print(*row.values(), f"{1e3 * seconds / len(found):.2f} ms each", sep="  ", flush=True)
 
 
+def top_examples(layer: int) -> None:
+    """What the features of a layer give: their 20 top rows against their middle, as a dashboard has them."""
+    tokens, documents, features = firings(layer)
+    found = []
+    for places, values in features:
+        order = places[np.argsort(-values, kind="stable")]
+        _, first = np.unique(order // CONTEXT, return_index=True)
+        top, middle = order[np.sort(first)[:TOP]], order[len(order) // 5 : len(order) - len(order) // 5]
+        found.append(divergence(tokens[top], documents[top], tokens[middle], documents[middle]))
+    known = np.array([value for value, _, _ in found if value is not None])
+    ends = np.array([(lo, hi) for _, lo, hi in found if lo is not None and hi is not None])
+    row: dict[str, object] = {"layer": layer, "features": len(found), "defined": len(known), "with_interval": len(ends)}
+    row["nothing_in_common"] = int((known == 1).sum())
+    row |= {f"quantile_{q}": f"{np.quantile(known, q / 100):.3f}" for q in (10, 25, 50)}
+    row |= {"surely_above_half": int((ends[:, 0] > 0.5).sum()), "surely_above_0.9": int((ends[:, 0] > 0.9).sum())}
+    row |= {"surely_below_half": int((ends[:, 1] < 0.5).sum())}
+    row |= {"median_width": f"{np.median(ends[:, 1] - ends[:, 0]):.3f}"}
+    append(RESULTS / "divergence_tiny_res.csv", row)
+    print(*row.items(), sep="  ", flush=True)
+
+
+def cost() -> None:
+    """Milliseconds of one call, the quickest of 50."""
+    p_V, q_V = cases()["half of it Zipf of other tokens"]
+    for documents, mean in ((100, 3), (300, 10), (1000, 10), (2000, 50)):
+        sides = draw(p_V, q_V, documents, mean, 0.5, np.random.default_rng(0))
+        seconds = []
+        for _ in range(50):
+            start = time.perf_counter()
+            divergence(*sides)
+            seconds.append(time.perf_counter() - start)
+        print(f"{len(sides[2]):7,} firings in the middle, {documents:,} documents: {1e3 * min(seconds):.2f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=500)
     samples = parser.parse_args().samples
+    cost()
     simulated(samples)
     for layer in range(4):
         tiny_res(layer)
+        top_examples(layer)
 
 
 if __name__ == "__main__":

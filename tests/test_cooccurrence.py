@@ -23,6 +23,7 @@ from saezoo.features import cooccurrence as module
 from saezoo.features.cooccurrence import Cooccurrence, cooccurrence
 from saezoo.features.events import Events, Writer
 from saezoo.features.groups import Pair, cliques
+from saezoo.workflows import Options, prepare
 
 Fires = NDArray[np.bool_]
 Make = Callable[[Fires], Events]
@@ -136,9 +137,17 @@ def test_too_few_firings_to_tell_that_they_exclude_each_other(make: Make) -> Non
     fires_PF = np.zeros((1000, 2), dtype=bool)
     fires_PF[:40, 0] = fires_PF[40:80, 1] = True  # 1.6 expected
     assert found(make, fires_PF, torch.ones(2, 2)).exclusive == ()
-    fires_PF[:80, 0], fires_PF[80:160, 1] = True, True
-    fires_PF[40:80, 1] = False  # 6.4 expected: none has a probability of 0.002
+    fires_PF[40:80, 1] = False
+    fires_PF[:64, 0], fires_PF[64:128, 1] = True, True  # 4.1 expected: none has a probability of 0.017
     assert [sorted(group.features) for group in found(make, fires_PF, torch.ones(2, 2)).exclusive] == [[0, 1]]
+
+
+@pytest.mark.parametrize(("both", "groups"), [(100, 1), (101, 0)])
+def test_firing_together_less_than_by_chance_is_not_enough(make: Make, both: int, groups: int) -> None:
+    """Of 1,000 expected, a tenth: that 500 is no chance either says little of what the features mean."""
+    fires_PF = np.zeros((4000, 2), dtype=bool)
+    fires_PF[:2000, 0] = fires_PF[2000 - both : 4000 - both, 1] = True
+    assert len(found(make, fires_PF, torch.ones(2, 2)).exclusive) == groups
 
 
 def test_a_feature_that_never_or_rarely_fires_has_no_partner(make: Make) -> None:
@@ -229,6 +238,8 @@ def test_cliques_grow_by_the_largest_sum_of_weights() -> None:
     square = [Pair(a, b, 0.5) for a, b in itertools.combinations(range(4), 2)]
     assert cliques([*square, Pair(0, 9, 0.6), Pair(1, 9, 0.7)]) == [((1, 9, 0), 0.6), ((2, 3), 0.5)]
     assert cliques(square) == [((0, 1, 2, 3), 0.5)]
+    rivals = [Pair(0, 1, 1.0), Pair(0, 2, 0.5), Pair(1, 2, 0.5), Pair(0, 3, 0.75), Pair(1, 3, 0.5)]
+    assert cliques(rivals) == [((0, 1, 3), 0.75)]
     assert cliques([]) == []
 
 
@@ -245,3 +256,18 @@ def test_memory_never_holds_every_pair(make: Make, monkeypatch: pytest.MonkeyPat
     tracemalloc.stop()
     assert len(got.clusters[0].features) == 9
     assert peak < 36e6
+
+
+def test_the_two_features_of_commas_at_the_embedding_of_tiny_res(tmp_path: Path) -> None:
+    """docs/cooccurrence.md has them on the whole text; their directions are near each other, yet they go together."""
+    options = Options()
+    task = prepare("tiny-res", 0, tokens=8192, protocol="standard", model=None, layout=None, options=options)
+    tokens_RT, sae = torch.from_numpy(task.rows.tokens_RT), task.subjects[0].sae
+    with torch.inference_mode():
+        f_PF = sae.encode(task.lm.residuals(tokens_RT, [0])[0]).flatten(0, 1)
+    scored_P = task.rows.tokens_RT.ravel() != task.lm.bos
+    events = events_of(tmp_path, (f_PF > 0).numpy() & scored_P[:, None])
+    got = cooccurrence(events, scored_P, sae.W_dec)
+    assert got.tokens == scored_P.sum() < 8192
+    assert (167, 729) in [tuple(sorted(group.features)) for group in got.clusters]
+    assert got.partners[167][0].feature == 729

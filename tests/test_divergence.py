@@ -127,12 +127,10 @@ def test_no_interval_if_one_document_decides_whether_it_is_defined() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10_000))
-def test_the_interval_is_what_the_docstring_says(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    top, middle = (
-        list(zip(rng.integers(0, 3, n).tolist(), rng.permutation(n).tolist(), strict=True)) for n in (12, 25)
-    )
+@given(st.integers(0, 10_000), st.sampled_from([(12, 25), (20, 11)]))
+def test_the_interval_is_what_the_docstring_says(seed: int, sizes: tuple[int, int]) -> None:
+    rng, documents, fewest = np.random.default_rng(seed), max(sizes), min(sizes)
+    top, middle = (list(zip(rng.integers(0, 3, n).tolist(), rng.permutation(n).tolist(), strict=True)) for n in sizes)
     value = brute(top, middle)
     assert value is not None
 
@@ -141,11 +139,11 @@ def test_the_interval_is_what_the_docstring_says(seed: int) -> None:
         assert left is not None
         return left
 
-    theta = np.array([without(document) for document in range(25)])
+    theta = np.array([without(document) for document in range(documents)])
     pp, qq = (sum(a[0] == b[0] for a, b in itertools.combinations(s, 2)) / math.comb(len(s), 2) for s in (top, middle))
-    extra = (2 * qq / (pp + qq) / 12) ** 2 + (2 * pp / (pp + qq) / 25) ** 2
-    error = math.sqrt(12 / 11 * (24 / 25 * float(((theta - theta.mean()) ** 2).sum()) + extra))
-    far = float(stdtrit(11, 0.975)) * error
+    extra = (2 * qq / (pp + qq) / sizes[0]) ** 2 + (2 * pp / (pp + qq) / sizes[1]) ** 2
+    jackknife = (documents - 1) / documents * float(((theta - theta.mean()) ** 2).sum())
+    far = float(stdtrit(fewest - 1, 0.975)) * math.sqrt(fewest / (fewest - 1) * (jackknife + extra))
     assert measure(top, middle) == pytest.approx((cut(value), cut(value - far), cut(value + far)), abs=1e-9)
 
 
