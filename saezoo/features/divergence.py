@@ -2,7 +2,7 @@
 
 1 - Morisita's overlap index of two distributions over tokens: p, that of the firings shown as top examples, and q, that
 of the firings in the middle. Morisita 1959, Mem. Fac. Sci. Kyushu Univ. E 3:65; Horn 1966, The American Naturalist
-100:419. docs/dashboards.md has how often the interval covers the truth.
+100:419. docs/divergence.md has how often the interval covers the truth.
 
 Shapes: N top firings, M firings in the middle, E pairs of a document and a token in it, D documents.
 """
