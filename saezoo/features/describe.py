@@ -1,7 +1,7 @@
 """What a feature's firings say about it: exact, and the same at each run.
 
-Ties go to the earlier token or the lower id. Draws are the firings whose hash of (seed, feature, place in the text) is
-smallest, whatever the batch size and the number of processes.
+Ties go to the earlier token or the lower id. What is drawn hangs on the seed, the feature, the quantile and how many
+firings it has; not on the batch size or the number of processes.
 
 Shapes: M tokens of the text (row x context + position), T positions of a row, N firings, V vocabulary.
 """
@@ -20,7 +20,7 @@ from saezoo.evals.scoring import Scoring
 from saezoo.features.divergence import divergence
 from saezoo.features.events import Firings
 from saezoo.features.records import Example, Feature, Histogram, Quantile, TokenStat
-from saezoo.features.sampling import splitmix64
+from saezoo.features.sampling import draw
 
 Integers = NDArray[np.int64]
 
@@ -72,8 +72,7 @@ def describe(index: int, firings: Firings, text: Text) -> Feature:
     top_K = _top_rows(order_N, firings.token_N // text.context)
     ends = [n * q // QUANTILES for q in range(QUANTILES + 1)]
     groups = [order_N[start:stop] for start, stop in itertools.pairwise(ends) if stop > start]
-    hash_N = hashes(firings.token_N, seed=text.seed, feature=index)
-    drawn = [group[np.sort(np.argsort(hash_N[group], kind="stable")[:DRAWN])] for group in groups]
+    drawn = [group[draw(len(group), DRAWN, text.seed, index, q)] for q, group in enumerate(groups)]
     examples = iter(_examples(firings, np.concatenate([top_K, *drawn]), text))
     top = tuple(itertools.islice(examples, len(top_K)))
     quantiles = tuple(
@@ -111,12 +110,6 @@ def histogram(value_N: NDArray[np.float32], bins: int = BINS) -> Histogram:
     if hi > lo:
         place_N = np.minimum(((value_N.astype(np.float64) - lo) / (hi - lo) * bins).astype(np.int64), bins - 1)
     return Histogram(lo, hi, tuple(np.bincount(place_N, minlength=bins).tolist()))
-
-
-def hashes(token_N: Integers, *, seed: int, feature: int) -> NDArray[np.uint64]:
-    """A number for each place in the text, as good as random."""
-    key = splitmix64(splitmix64(np.array([seed], dtype=np.uint64)) ^ np.uint64(feature))
-    return splitmix64(token_N.astype(np.uint64) ^ key)
 
 
 def token_stats(firings: Firings, text: Text) -> tuple[tuple[TokenStat, ...], tuple[TokenStat, ...]]:
