@@ -1,24 +1,24 @@
-"""Dashboards of tiny-res layer 2: saezoo beside SAEDashboard 0.8.0, same features and tokens, in one run.
+"""Dashboards: saezoo beside SAEDashboard 0.8.0, same features and tokens, in one run.
 
     python benchmarks/dashboard.py --peer-python PYTHON_WITH_SAEDASHBOARD [--features 256] [--tokens 65536]
     python benchmarks/dashboard.py --peer-python PYTHON_WITH_SAEDASHBOARD --agree
+    python benchmarks/dashboard.py --peer-python … --cache REPLICA_CACHE --collection gpt2-small-res --layer 8 …
 
 SAEDashboard runs as its own NeuronpediaRunner runs it: 128 features at a time, 32 rows at once, activations cached on
-disk, one `batch-N.json` for each 128 features; loading is not counted. `saezoo export` is the same of ours: the pass
-over the text and the batches. `saezoo dashboard` is one command line, with everything in it: starting Python, loading,
-the pass, the site and both exports. Prints how many times as long SAEDashboard takes; appends to results/dashboard.csv.
+disk, one `batch-N.json` for each 128 features. `export` is the same of ours: the pass over the text and the batches;
+`site` the pass and the static site. Starting Python and loading are not counted, on any side. Of ours the pass always
+encodes all features of the SAE. Prints how many times as long SAEDashboard takes; appends to results/dashboard.csv.
 --agree compares every field of the two exports instead, and appends to results/dashboard_agreement.csv. SAEDashboard
 correlates within a batch, and counts special tokens when it correlates: for these fields ours is run in the same way,
-on each batch as if it were an SAE, with all tokens scored.
+on each batch as if it were an SAE, with all tokens scored. --cache: of `gpt2_small_replica.py build`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,17 +30,25 @@ from typing import Any
 import numpy as np
 from common import RESULTS, ROOT, append, device_name, in_fresh_process, versions
 
-COLLECTION, LAYER, HOOK = "tiny-res", 2, "blocks.2.hook_resid_pre"
 FEATURES_AT_ONCE, ROWS_AT_ONCE = 128, 32  # defaults of SAEDashboard's NeuronpediaRunnerConfig
 PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "sae_dashboard")
 
 
-def task(tokens: int) -> Any:
+def task(args: argparse.Namespace) -> Any:
     """What `saezoo dashboard` works on: SAE, language model and rows."""
-    from saezoo.workflows import Options, prepare
+    from saezoo.workflows import prepare
 
-    options = Options(offline=True)
-    return prepare(COLLECTION, LAYER, tokens=tokens, protocol="standard", model=None, layout=None, options=options)
+    return prepare(
+        args.collection, args.layer, tokens=args.tokens, protocol="standard", model=None, layout=None,
+        options=options(args),
+    )  # fmt: skip
+
+
+def options(args: argparse.Namespace) -> Any:
+    """Of both workflows; with a cache of replicas its registry."""
+    from saezoo.workflows import Options
+
+    return Options(offline=True, registry=args.cache and args.cache / "registry.yaml", text=args.text)
 
 
 def run_saedashboard(args: argparse.Namespace) -> dict[str, Any]:
@@ -53,25 +61,27 @@ def run_saedashboard(args: argparse.Namespace) -> dict[str, Any]:
 
     from saezoo.hooked import hooked_model
 
-    found = task(args.tokens)
+    found = task(args)
     model = hooked_model(found.lm.hf_model, found.lm.tokenizer)
-    sae = SAE.load_from_disk(ROOT / "saezoo" / "bundled" / COLLECTION / HOOK, device="cpu", dtype="float32")
+    hook = found.subjects[0].sae.config.hook
+    with tempfile.TemporaryDirectory() as saved:
+        sae = SAE.load_from_disk(found.subjects[0].sae.save(saved), device="cpu", dtype="float32")
     tokens_RT = torch.from_numpy(found.rows.tokens_RT)
     config = NeuronpediaRunnerConfig(sae_set="res", sae_path="", outputs_dir="", n_prompts_total=len(tokens_RT))
-    config.n_tokens_in_prompt, config.model_id, config.layer = tokens_RT.shape[1], "tiny-lm", LAYER
-    config.huggingface_dataset_path = "builtin:heldout"
+    config.n_tokens_in_prompt, config.model_id, config.layer = tokens_RT.shape[1], found.model, int(args.layer)
+    config.huggingface_dataset_path = found.text
     vocabulary = vocab_dict(model)
     begin, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as cache, torch.no_grad():
         for batch, start in enumerate(range(0, args.features, FEATURES_AT_ONCE)):
             features = list(range(start, min(start + FEATURES_AT_ONCE, args.features)))
-            data = SaeVisRunner(vis_config(model, features, Path(cache))).run(sae, model, tokens_RT)
+            data = SaeVisRunner(vis_config(model, hook, features, Path(cache))).run(sae, model, tokens_RT)
             text = NeuronpediaConverter.convert_to_np_json(model, data, config, vocabulary)
             (args.out / f"batch-{batch}.json").write_text(text, encoding="utf-8")
     return timed(begin, cpu)
 
 
-def vis_config(model: Any, features: list[int], cache: Path) -> Any:
+def vis_config(model: Any, hook: str, features: list[int], cache: Path) -> Any:
     """What NeuronpediaRunner.run makes of its defaults."""
     from sae_dashboard.components_config import (
         ActsHistogramConfig,
@@ -88,7 +98,7 @@ def vis_config(model: Any, features: list[int], cache: Path) -> Any:
     tables = (ActsHistogramConfig(), LogitsHistogramConfig(), LogitsTableConfig(), FeatureTablesConfig(n_rows=3))
     tokenizer = model.tokenizer
     return SaeVisConfig(
-        hook_point=HOOK,
+        hook_point=hook,
         features=features,
         minibatch_size_features=FEATURES_AT_ONCE,
         minibatch_size_tokens=ROWS_AT_ONCE,
@@ -108,24 +118,26 @@ def vocab_dict(model: Any) -> dict[int, str]:
     return found
 
 
-def material(found: Any, features: range, folder: Path, *, all_tokens: bool = False) -> Any:
-    """What `saezoo.features.export` needs of `features`, as if they were an SAE; the firings go into `folder`."""
+def material(found: Any, features: range, folder: Path) -> Any:
+    """What `saezoo.features.export` needs of `features`, as if they were an SAE, with all tokens scored; the firings
+    go into `folder`."""
     import torch
 
     from saezoo.features.correlation import Sums
+    from saezoo.features.directions import unembedding
     from saezoo.features.events import Events, Writer
     from saezoo.features.records import About
     from saezoo.features.saedashboard import Material
 
     sae, lm, rows = found.subjects[0].sae, found.lm, found.rows
+    layer = int(found.subjects[0].layer)
     tokens_RT, own = torch.from_numpy(rows.tokens_RT), slice(features.start, features.stop)
     (n_rows, context), d_in = tokens_RT.shape, sae.config.d_in
-    special_RT = torch.isin(tokens_RT, torch.tensor(sorted(lm.special_ids)))
-    scored_RT = torch.ones_like(special_RT) if all_tokens else ~special_RT
+    scored_RT = torch.ones_like(tokens_RT, dtype=torch.bool)
     writer = Writer(folder, len(features))
     x_sum, x2_sum, fx_sum = np.zeros(d_in), np.zeros(d_in), np.zeros((len(features), d_in))
     for start in range(0, n_rows, ROWS_AT_ONCE):
-        x_BTD = lm.residuals(tokens_RT[start : start + ROWS_AT_ONCE], [LAYER])[LAYER]
+        x_BTD = lm.residuals(tokens_RT[start : start + ROWS_AT_ONCE], [layer])[layer]
         scored_BT = scored_RT[start : start + ROWS_AT_ONCE]
         x_nD = (x_BTD - x_BTD.mean(-1, keepdim=True))[scored_BT]
         f_nF = sae.encode(x_nD)[:, own]
@@ -136,48 +148,88 @@ def material(found: Any, features: range, folder: Path, *, all_tokens: bool = Fa
         place_n = scored_BT.flatten().nonzero().squeeze(1) + start * context
         writer.add(feature_N, place_n[token_N], f_nF[token_N, feature_N])
     writer.flush()
-    about = About(COLLECTION, str(LAYER), HOOK, "tiny-lm", d_in, len(features), "builtin:heldout", context, n_rows,
-                  int(scored_RT.sum()), len(np.unique(rows.documents_RT)), 0, tuple(range(len(features))))  # fmt: skip
+    about = About(
+        collection=found.subjects[0].collection,
+        layer=str(layer),
+        hook=str(sae.config.hook),
+        model=found.model,
+        d_in=d_in,
+        d_sae=len(features),
+        text=found.text,
+        context=context,
+        rows=n_rows,
+        tokens=int(scored_RT.sum()),
+        documents=len(np.unique(rows.documents_RT)),
+        seed=0,
+        features=tuple(range(len(features))),
+    )
     sums, events = Sums(x_sum, x2_sum, fx_sum), Events([folder], len(features))
     decoder = sae.W_dec.detach()[own]
-    return Material(about, events, rows, scored_RT.numpy(), sums, decoder, unembedding(lm.hf_model), lm.tokenizer)
+    return Material(about, events, rows, scored_RT.numpy(), sums, decoder, unembedding(lm), lm.tokenizer)
 
 
-def unembedding(hf_model: Any) -> Any:
-    """[D, V], as TransformerLens processes it by default."""
-    W_U_DV = hf_model.lm_head.weight.detach().float().T * hf_model.transformer.ln_f.weight.detach().float()[:, None]
-    W_U_DV = W_U_DV - W_U_DV.mean(0, keepdim=True)
-    return W_U_DV - W_U_DV.mean(1, keepdim=True)
+@contextlib.contextmanager
+def gathered(args: argparse.Namespace, *, correlate: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The pass of `saezoo dashboard`, and what it took; loading is not counted."""
+    from saezoo import dashboard
+
+    began: list[tuple[float, float]] = []
+    collect = dashboard.collect
+
+    def timed_collect(*arguments: Any, **named: Any) -> Any:
+        began.append((time.perf_counter(), time.process_time()))
+        return collect(*arguments, **named)
+
+    vars(dashboard)["collect"] = timed_collect  # everything before it is loading
+    settings: dict[str, Any] = {"tokens": args.tokens, "features": f"0-{args.features - 1}", "correlate": correlate}
+    settings |= {"options": options(args), "workers": os.cpu_count() or 1}
+    with dashboard.gathered(args.collection, args.layer, **settings) as found:
+        assert found is not None
+        row = {"pass_s": round(time.perf_counter() - began[0][0], 2)}
+        yield found, row
+        row |= {name: value for name, value in timed(*began[0]).items() if value != ""}
 
 
 def run_export(args: argparse.Namespace) -> dict[str, Any]:
     """The pass and `batch-N.json` into args.out, in this process."""
     from saezoo.features.export import BatchFiles, export, place_of
 
-    found = task(args.tokens)
-    begin, cpu = time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        m = material(found, range(args.features), Path(folder))
-        passed = time.perf_counter()
+    with gathered(args, correlate=True) as (found, row):
+        m = found.material(0)
         export(m, [BatchFiles(args.out, m.about, place_of(m.about))])
-    return timed(begin, cpu) | {"pass_s": round(passed - begin, 2)}
+    return row
+
+
+def run_site(args: argparse.Namespace) -> dict[str, Any]:
+    """The pass and the static site into args.out, in this process."""
+    from saezoo.features.site import Site
+    from saezoo.features.vocabulary import vocabulary
+
+    with gathered(args, correlate=False) as (found, row):
+        about, lm, together = found.about(0), found.task.lm, found.together(0)
+        tokens, special = vocabulary(lm.tokenizer, lm.vocab)
+        site = Site(args.out, [about], vocabulary=tokens, special=special)
+        groups = {name: [group.features for group in getattr(together, name)] for name in ("clusters", "exclusive")}
+        site.write(about, found.features(0, together), **groups)
+        site.finish()
+    return row
 
 
 def timed(begin: float, cpu: float) -> dict[str, Any]:
     """Since then, of this process: seconds, and processor seconds, which other people's work changes less."""
     seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu
-    return {"seconds": round(seconds, 2), "cpu_s": round(cpu_s, 2), "pass_s": ""}
+    return {"pass_s": "", "seconds": round(seconds, 2), "cpu_s": round(cpu_s, 2)}
 
 
 def run_correlations(args: argparse.Namespace) -> dict[str, Any]:
     """As `run_export`, each batch an SAE of its own and all tokens scored: what SAEDashboard correlates."""
     from saezoo.features.export import BatchFiles, export, place_of
 
-    found = task(args.tokens)
+    found = task(args)
     for batch, start in enumerate(range(0, args.features, FEATURES_AT_ONCE)):
         features = range(start, min(start + FEATURES_AT_ONCE, args.features))
         with tempfile.TemporaryDirectory() as folder:
-            m = material(found, features, Path(folder), all_tokens=True)
+            m = material(found, features, Path(folder))
             export(m, [BatchFiles(args.out / str(batch), m.about, place_of(m.about))])
     return {}
 
@@ -266,52 +318,52 @@ def run(tool: str, python: str, args: argparse.Namespace, folder: Path) -> dict[
     """One tool in a process of its own, its files in a folder of its name."""
     out = folder / tool
     out.mkdir()
-    size = ("--features", str(args.features), "--tokens", str(args.tokens))
-    return in_fresh_process(python, __file__, "--tool", tool, "--out", str(out), *size)
-
-
-def run_command(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """`saezoo dashboard`: seconds of the whole process."""
-    command = ["dashboard", COLLECTION, str(LAYER), "--tokens", str(args.tokens), "--offline"]
-    command += ["--features", f"0-{args.features - 1}", "--out", str(folder / "site")]
-    command += ["--neuronpedia", str(folder / "neuronpedia")]
-    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "saezoo", *command], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    measured = {"seconds": round(seconds, 2), "cpu_s": round(cpu_s, 2), "pass_s": ""}
-    return measured | {"device": device_name("cpu")} | versions(*PACKAGES)
+    named = {name: getattr(args, name) for name in ("collection", "layer", "features", "tokens", "text", "cache")}
+    given = [part for name, value in named.items() if value is not None for part in (f"--{name}", str(value))]
+    return in_fresh_process(python, __file__, "--tool", tool, "--out", str(out), *given)
 
 
 def compare(args: argparse.Namespace, folder: Path) -> None:
     """Time all three, one after the other."""
     peers = {"saedashboard": args.peer_python} if args.peer_python else {}
     found: dict[str, dict[str, Any]] = {}
-    for tool, python in {"export": sys.executable, **peers, "saezoo dashboard": ""}.items():
+    for tool, python in {"export": sys.executable, "site": sys.executable, **peers}.items():
         load = round(os.getloadavg()[0], 1)
-        found[tool] = row = run(tool, python, args, folder) if python else run_command(args, folder)
-        what = {"tool": tool, "features": args.features, "tokens": args.tokens, "load_average": load}
-        append(args.csv or RESULTS / "dashboard.csv", what | row)
+        found[tool] = row = run(tool, python, args, folder)
+        what = {"tool": tool, "collection": args.collection, "layer": args.layer, "features": args.features}
+        append(args.csv or RESULTS / "dashboard.csv", what | {"tokens": args.tokens, "load_average": load} | row)
         print(tool, f"{row['seconds']} s, {row['cpu_s']} processor seconds", flush=True)
-    for tool in ("export", "saezoo dashboard") if peers else ():
+    for tool in ("export", "site") if peers else ():
         wall, cpu = (found["saedashboard"][name] / found[tool][name] for name in ("seconds", "cpu_s"))
         print(f"SAEDashboard takes {wall:.1f} times as long as {tool}, and {cpu:.1f} times the processor's")
 
 
-TOOLS = {"saedashboard": run_saedashboard, "export": run_export, "correlations": run_correlations}
+TOOLS = {
+    "saedashboard": run_saedashboard,
+    "export": run_export,
+    "site": run_site,
+    "correlations": run_correlations,
+}
 
 
 def main() -> None:
     """Time all and print the ratios; with --agree, compare; with --tool, run one and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="an interpreter with SAEDashboard and SAELens; left out: saezoo alone")
+    parser.add_argument("--collection", default="tiny-res")
+    parser.add_argument("--layer", default="2")
     parser.add_argument("--features", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--text")
+    parser.add_argument("--cache", type=Path, help="of replicas of GPT-2 small")
     parser.add_argument("--agree", action="store_true")
     parser.add_argument("--tool", choices=TOOLS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
+    if args.cache:
+        os.environ["HF_HUB_CACHE"] = str(args.cache / "hub")
+        os.environ["SAEZOO_LOCK"] = str(args.cache / "dashboard.lock")
     if args.tool:
         sys.path.insert(0, str(ROOT))
         print(json.dumps(TOOLS[args.tool](args) | {"device": device_name("cpu")} | versions(*PACKAGES)))
