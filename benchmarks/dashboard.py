@@ -171,19 +171,19 @@ def material(found: Any, features: range, folder: Path) -> Any:
 @contextlib.contextmanager
 def gathered(args: argparse.Namespace, *, correlate: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The pass of `saezoo dashboard`, and what it took; loading is not counted."""
-    from saezoo import dashboard
+    from saezoo import gathered as module
+    from saezoo.features.collect import collect
 
     began: list[tuple[float, float]] = []
-    collect = dashboard.collect
 
     def timed_collect(*arguments: Any, **named: Any) -> Any:
         began.append((time.perf_counter(), time.process_time()))
         return collect(*arguments, **named)
 
-    vars(dashboard)["collect"] = timed_collect  # everything before it is loading
+    vars(module)["collect"] = timed_collect  # everything before it is loading
     settings: dict[str, Any] = {"tokens": args.tokens, "features": f"0-{args.features - 1}", "correlate": correlate}
     settings |= {"options": options(args), "workers": os.cpu_count() or 1}
-    with dashboard.gathered(args.collection, args.layer, **settings) as found:
+    with module.gathered(args.collection, args.layer, **settings) as found:
         assert found is not None
         row = {"pass_s": round(time.perf_counter() - began[0][0], 2)}
         yield found, row

@@ -106,6 +106,8 @@ def dashboard_command(
             )
         if not abouts:  # only one of several ranks has them
             return
+        pages = sum(len(about.features) for about in abouts)
+        terminal.note(f"{pages:,} features on {abouts[0].tokens:,} tokens; open this in a browser, or give --serve:")
         click.echo(out / "index.html")
     if serving:
         from saezoo.features.serve import serve
@@ -216,6 +218,7 @@ def cooccur_command(
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32), show_default=True, help="Seed of the draws.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
+@click.option("--resume", is_flag=True, help="Go on with the same command, interrupted.")
 @click.pass_obj
 def feature_command(
     registry: Path | None,
@@ -227,6 +230,7 @@ def feature_command(
     corpus: str | None,
     tokens: int | None,
     model: str | None,
+    resume: bool,
     **runtime: Any,
 ) -> None:
     """One feature in the terminal, and what fires on a sentence.
@@ -247,6 +251,7 @@ def feature_command(
             sentence=sentence,
             tokens=tokens or workflows.EVAL_TOKENS,
             model=model,
+            resume=resume,
             on_stage=stages,
             options=options,
         )

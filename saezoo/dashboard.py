@@ -1,207 +1,34 @@
-"""`dashboard`, `features`, `cooccur` and `feature`: every feature of some SAEs, from one pass over a text."""
+"""`dashboard`, `features`, `cooccur` and `feature`: every feature of some SAEs, as pages and tables."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saezoo import files, strict_yaml, workflows
-from saezoo.errors import UsageError, shown
+from saezoo import strict_yaml
+from saezoo.errors import UsageError
 from saezoo.evals import evaluate
-from saezoo.evals.summary import versions
 from saezoo.feature_view import Fired
-from saezoo.features import correlation, directions, table
-from saezoo.features.collect import Collection, collect
-from saezoo.features.cooccurrence import Cooccurrence, cooccurrence
-from saezoo.features.describe import Text, token_stats
+from saezoo.features import table
+from saezoo.features.cooccurrence import Cooccurrence
+from saezoo.features.describe import token_stats
 from saezoo.features.export import BatchFiles, Output, export, place_of
 from saezoo.features.neuronpedia import ImportFiles, Release
-from saezoo.features.parallel import describe_all
 from saezoo.features.records import About, Feature
-from saezoo.features.saedashboard import Material
 from saezoo.features.site import Site, check
 from saezoo.features.vocabulary import Vocabulary, vocabulary
+from saezoo.gathered import Gathered, OnStage, gathered
 from saezoo.lm import LanguageModel, depth_of
-from saezoo.registry import read_registry
 from saezoo.sae import SAE
-from saezoo.workflows import EVAL_TOKENS, Options, Task
 
 if TYPE_CHECKING:
     import pandas
-
-OnStage = Callable[[str, int, int], None]
-"""Called with (what is being done, how much is done, how much there is)."""
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """The pass over the text, done; features are described when they are asked for."""
-
-    task: Task
-    collection: Collection
-    text: Text
-    chosen: tuple[int, ...]
-    """The features that are asked for, ascending."""
-    seed: int
-    neuronpedia: tuple[str | None, ...]
-    """Of each SAE: where Neuronpedia has the same features."""
-    workers: int
-    """Processes that describe features."""
-    on_stage: OnStage
-
-    def about(self, i: int) -> About:
-        """The i-th SAE, and what its dashboards rest on."""
-        subject, scoring = self.task.subjects[i], self.collection.scoring
-        config = subject.sae.config
-        return About(
-            collection=subject.collection,
-            layer=subject.layer,
-            hook=str(config.hook),
-            model=self.task.model,
-            d_in=config.d_in,
-            d_sae=config.d_sae,
-            text=self.task.text,
-            context=scoring.context,
-            rows=len(scoring.tokens_RT),
-            tokens=self.text.scored,
-            documents=len(torch.unique(scoring.document_RT)),
-            seed=self.seed,
-            features=self.chosen or tuple(range(config.d_sae)),
-            metrics=self.collection.sums[i].metrics(self.seed),
-            published=subject.published,
-            neuronpedia=self.neuronpedia[i],
-            versions=versions(),
-        )
-
-    def together(self, i: int) -> Cooccurrence:
-        """What of the i-th SAE fires together, and what never does."""
-        subject = self.task.subjects[i]
-        return cooccurrence(
-            self.collection.events[i],
-            self.collection.scoring.scored_RT.numpy().reshape(-1),
-            subject.sae.W_dec,
-            on_progress=lambda done, total: self.on_stage(f"co-activation, layer {subject.layer}", done, total),
-        )
-
-    def features(self, i: int, together: Cooccurrence | None = None) -> Iterator[Feature]:
-        """Those of the i-th SAE that are asked for, in their order."""
-        subject, events = self.task.subjects[i], self.collection.events[i]
-        chosen = self.about(i).features
-        logits = directions.logits(subject.sae.W_dec, directions.unembedding(self.task.lm), chosen)
-        decoders = {other.layer: other.sae.W_dec for other in self.task.subjects}
-        neighbours = directions.neighbours(subject.layer, decoders, chosen, self._near(i))
-        described = describe_all(events, self.text, chosen, self.workers)
-        for done, feature in enumerate(described, start=1):
-            yield dataclasses.replace(
-                feature,
-                logits=next(logits),
-                neighbours=next(neighbours),
-                coactive=() if together is None else together.partners[feature.index],
-            )
-            self.on_stage(f"features of layer {subject.layer}", done, len(chosen))
-
-    def material(self, i: int) -> Material:
-        """What exports of the i-th SAE are made from."""
-        sums, lm = self.collection.sums[i], self.task.lm
-        parts = (sums.x_sum_ND.sum(0), sums.x2_sum_D, sums.fx_sum_FD)
-        return Material(
-            about=self.about(i),
-            events=self.collection.events[i],
-            rows=self.task.rows,
-            scored_RT=self.collection.scoring.scored_RT.numpy(),
-            sums=correlation.Sums(*(part.numpy() for part in parts)),
-            W_dec_FD=self.task.subjects[i].sae.W_dec,
-            W_U_DV=directions.unembedding(lm),
-            tokenizer=lm.tokenizer,
-        )
-
-    def _near(self, i: int) -> list[str]:
-        """The i-th SAE's layer, and those next to it among those here."""
-        subjects = self.task.subjects
-        order = sorted(range(len(subjects)), key=lambda j: depth_of(str(subjects[j].sae.config.hook), 1 << 20))
-        place = order.index(i)
-        return [subjects[j].layer for j in order[max(0, place - 1) : place + 2]]
-
-
-@contextlib.contextmanager
-def gathered(
-    name: str | Path,
-    layers: str | int | None,
-    *,
-    tokens: int | None = EVAL_TOKENS,
-    features: str | None = None,
-    model: str | None = None,
-    layout: str | None = None,
-    batch_size: int | None = None,
-    correlate: bool = False,
-    resume: bool = False,
-    workers: int = 1,
-    on_stage: OnStage = lambda stage, done, total: None,
-    options: Options | None = None,
-) -> Iterator[Gathered | None]:
-    """The firings of SAEs on a text, kept on disk until the block ends without an error.
-
-    Arguments as for `workflows.evaluate`; `features`: those wanted, `0-99,512`; `correlate` as for `collect`, `workers`
-    as for `describe_all`. Under torchrun the ranks share the rows, and rank 0 alone gets the result; the others get
-    None.
-    """
-    with workflows.together(options or Options()) as (ranks, options):
-        task = workflows.prepare(
-            name, layers, tokens=tokens, protocol="standard", model=model, layout=layout, options=options
-        )
-        chosen = tuple(feature_numbers(features, min(s.sae.config.d_sae for s in task.subjects))) if features else ()
-        total = task.rows.tokens_RT.size
-        collection = collect(
-            task.subjects,
-            task.lm,
-            task.rows,
-            files.cache_folder("dashboards"),
-            seed=options.seed,
-            batch_size=batch_size,
-            correlate=correlate,
-            ranks=ranks,
-            resume=resume,
-            note=options.note,
-            on_progress=lambda done: None if ranks.rank else on_stage("reading the text", done, total),
-        )
-        if collection is None:
-            yield None
-            return
-        pages = tuple(_neuronpedia(subject.collection, subject.layer, options) for subject in task.subjects)
-        yield Gathered(task, collection, Text.of(collection.scoring), chosen, options.seed, pages, workers, on_stage)
-        collection.remove()
-
-
-def _neuronpedia(collection: str, layer: str, options: Options) -> str | None:
-    registry = read_registry(options.registry)
-    return registry.find(collection, layer)[0].neuronpedia if collection in registry.collections else None
-
-
-def feature_numbers(text: str, d_sae: int) -> list[int]:
-    """`0-99,512` -> the features, ascending. UsageError for anything else, or beyond the last."""
-    found: set[int] = set()
-    for piece in text.split(","):
-        first, dash, last = (part.strip() for part in piece.partition("-"))
-        if not (_is_number(first) and (_is_number(last) if dash else True)):
-            raise UsageError(f"--features {shown(text)}: `{shown(piece)}` is no number or range; e.g. 0-99,512")
-        start, stop = int(first), int(last or first)
-        if start > stop:
-            raise UsageError(f"--features {shown(piece)} is empty; give the smaller number first")
-        if stop >= d_sae:
-            raise UsageError(f"no feature {stop}; there are {d_sae:,}, 0 to {d_sae - 1}")
-        found.update(range(start, stop + 1))
-    return sorted(found)
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 @dataclass(frozen=True)

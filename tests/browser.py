@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+CHROMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1280,900"
@@ -80,9 +81,9 @@ class Browser:
 
 def missing() -> str | None:
     """Why there can be no browser; None if there can."""
-    for program in ("chromium", "chromedriver"):
-        if shutil.which(program) is None:
-            return f"no {program} on the PATH"
+    for programs in (CHROMES, ("chromedriver",)):
+        if not any(map(shutil.which, programs)):
+            return f"no {' or '.join(programs)} on the PATH"
     try:
         import selenium  # noqa: F401
     except ImportError:
@@ -98,7 +99,7 @@ def browser() -> Iterator[Browser]:
 
     profile = tempfile.mkdtemp(prefix="saezoo-browser-")
     options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
+    options.binary_location = next(filter(None, map(shutil.which, CHROMES)))
     for flag in [*FLAGS.split(), f"--user-data-dir={profile}"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

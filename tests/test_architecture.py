@@ -39,6 +39,7 @@ LAYERS = [
     "features",
     "hooked overlay conversion additions sharing",
     "workflows feature_view",
+    "gathered",
     "reproduction verification comparison dashboard terminal",
     "watching cli_common",
     "cli_evals cli_features cli_zoo cli_sharing",

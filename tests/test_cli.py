@@ -44,7 +44,7 @@ OPTIONS = {
     " --dtype --batch-size --resume --text --dataset --device --seed --offline",
     "features": "--csv --sort --top --tokens --model --layout --dtype --batch-size --resume --text --dataset --device"
     " --seed --offline",
-    "feature": "--text --corpus --tokens --model --device --seed --offline",
+    "feature": "--text --corpus --tokens --model --device --seed --offline --resume",
     "cooccur": "--csv --groups --tokens --model --layout --dtype --batch-size --resume --text --dataset --device --seed"
     " --offline",
     "push": "--repo --private --yes --dry-run --mirror",

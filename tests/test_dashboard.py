@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_cli import nothing_cached, process, refused, sae_folder, saezoo, text  # noqa: F401  # fixtures
 from test_site import read
 
-from saezoo.dashboard import feature_numbers
-from saezoo.errors import UsageError
+from saezoo.dashboard import dashboard
+from saezoo.errors import SaezooError, UsageError
+from saezoo.gathered import feature_numbers
+from saezoo.workflows import Options
 
 ROOT = Path(sys.modules["saezoo"].__file__ or "").parents[1]
 TOKENS = 1536
@@ -186,6 +189,28 @@ def test_torchrun_divides_the_text(arguments: list[object], tmp_path: Path) -> N
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/two/index.html\n"), done.stderr
     saezoo("dashboard", *arguments, "--batch-size", "8", "--out", tmp_path / "one")
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_ctrl_c_while_pages_are_written(arguments: list[object], tmp_path: Path) -> None:
+    """The text need not be read again; until then the site says that it is not complete."""
+    folder, *rest = arguments
+    named = dict(zip(map(str, rest[::2]), rest[1::2], strict=True))
+    options = Options(text=str(named["--text"]))
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.startswith("features") and done == 9:
+            raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"tokens": TOKENS, "model": str(named["--model"]), "options": options}
+    with pytest.raises(SaezooError, match="^stopped; the text is read, the same command with --resume goes on from"):
+        dashboard(str(folder), None, out=tmp_path / "site", on_stage=stop, **settings)
+    assert not read(tmp_path / "site" / "data" / "manifest.js")["complete"]
+    seen: list[str] = []
+    dashboard(
+        str(folder), None, out=tmp_path / "site", resume=True, on_stage=lambda s, d, t: seen.append(s), **settings
+    )
+    assert read(tmp_path / "site" / "data" / "manifest.js")["complete"]
+    assert not [stage for stage in seen if stage.startswith("reading")]
 
 
 FULL = """

@@ -46,7 +46,7 @@ function featureHead(sae, columns, place, row, state) {
 function divergenceNote(measured) {
   const meaning = "Divergence: how far the tokens of the top contexts differ from those of the middle three fifths of the "
     + "firings; 0 the same, 1 none in common. The nearer to 1, the more the top contexts alone mislead.";
-  return measured ? meaning : `${meaning} Unknown here: it fired too rarely.`;
+  return measured ? meaning : `${meaning} Unknown here: too few firings, or no token in two documents.`;
 }
 
 function activationSection(page, row) {

@@ -133,8 +133,8 @@ function overviewView(sae, columns) {
         element("table.features", {}, element("caption.unseen", {}, "Features; the buttons in the heads sort"),
           element("thead", {}, element("tr", {}, heads)), body)),
       pagers[1]),
-    togetherSection("Clusters", "Features that fire on the same tokens.", sae, columns, columns.clusters),
-    togetherSection("Exclusive groups", "Features that share a context, and of which one fires at a time.", sae, columns, columns.exclusive),
+    togetherSection("Clusters", "Features of which every two fire largely on the same tokens: Jaccard index 0.3 or more.", sae, columns, columns.clusters),
+    togetherSection("Exclusive groups", "Features whose decoder directions are near each other (cosine 0.2 or more), and of which no two fire together nearly as often as chance would have it.", sae, columns, columns.exclusive),
     element("div.pair", {}, section("What this rests on", restsOn(sae)), section("Measured on these tokens", metricsTable(sae))));
   return { view, update };
 }
