@@ -32,7 +32,7 @@ def test_the_unembedding_is_that_of_transformer_lens(lm: LanguageModel) -> None:
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 30])
 def test_logits(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
-    monkeypatch.setattr(directions, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(directions, "_CPU_BYTES", block_bytes)
     W_dec_FD, W_U_DV, chosen = random_sae(0).W_dec.clone(), unembedding(lm), [0, 3, 39]
     W_dec_FD[3] = 0
     found = list(logits(W_dec_FD, W_U_DV, chosen))
@@ -65,7 +65,7 @@ def test_equal_logits_go_to_the_lower_token() -> None:
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 30])
 def test_neighbours(monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
-    monkeypatch.setattr(directions, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(directions, "_CPU_BYTES", block_bytes)
     decoders = {str(i): random_sae(i, 30 + i).W_dec.clone() for i in range(3)}
     decoders["1"][4] = decoders["2"][7] = 0
     chosen = [0, 4, 30]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, linalg
 
 from saezoo.codes import blocks
 from saezoo.features.describe import BINS, TOKENS
@@ -24,7 +24,7 @@ from saezoo.products import linear
 
 NEIGHBOURS = 5
 """In each layer."""
-_BLOCK_BYTES = 128 << 20  # of one block of logits or cosines, float32
+_CPU_BYTES, _GPU_BYTES = 16 << 20, 512 << 20  # of one block of logits or cosines, float32; the CPU's stay in its cache
 
 
 @torch.inference_mode()
@@ -40,35 +40,38 @@ def unembedding(lm: LanguageModel) -> Tensor:
 @torch.inference_mode()
 def logits(W_dec_FD: Tensor, W_U_DV: Tensor, features: Sequence[int]) -> Iterator[Logits | None]:
     """Of each of `features` in turn."""
-    size = max(1, _BLOCK_BYTES // (4 * W_U_DV.shape[1]))
     W_U_VD = W_U_DV.T.contiguous()
-    for block in blocks(len(features), size):
+    for block in blocks(len(features), _at_once(W_U_VD)):
         chosen_CD = W_dec_FD[list(features[block])].float()
         yield from _of_block(linear(chosen_CD, W_U_VD), chosen_CD.abs().amax(1) > 0)
 
 
 def _of_block(logit_CV: Tensor, known_C: Tensor) -> list[Logits | None]:
     top, bottom = _largest(logit_CV), _largest(-logit_CV)
-    lo_C1, hi_C1 = logit_CV.aminmax(dim=1, keepdim=True)
-    width_C1 = hi_C1 - lo_C1
-    place_CV = ((logit_CV - lo_C1) / width_C1.clamp(min=1e-30) * BINS).long().clamp(max=BINS - 1)
-    place_CV.masked_fill_(width_C1 == 0, BINS - 1)  # as in `describe.histogram`
-    counts_CB = torch.zeros(len(logit_CV), BINS, dtype=torch.long, device=logit_CV.device)
-    counts_CB.scatter_add_(1, place_CV, torch.ones_like(place_CV))
+    lo_C, hi_C = ([row[0].logit for row in rows] for rows in (bottom, top))
+    counts_CB = _histograms(logit_CV, -logit_CV.new_tensor(lo_C)[:, None], logit_CV.new_tensor(hi_C)[:, None])
     z_CV = logit_CV - logit_CV.mean(1, keepdim=True)
     square_CV = z_CV.square()
-    m2_C, m4_C = square_CV.double().mean(1), square_CV.square().mean(1, dtype=torch.float64)
-    m3_C = square_CV.mul_(z_CV).mean(1, dtype=torch.float64)
+    m2_C, m4_C = square_CV.mean(1).double(), linalg.vecdot(square_CV, square_CV).double() / logit_CV.shape[1]
+    m3_C = linalg.vecdot(square_CV, z_CV).double() / logit_CV.shape[1]
     moments = torch.stack([m2_C.sqrt(), m3_C / m2_C**1.5, m4_C / m2_C**2 - 3], dim=1).tolist()
     found: list[Logits | None] = []
-    ends = torch.cat([lo_C1, hi_C1], dim=1).tolist()
     for i, known in enumerate(known_C.tolist()):
         std, skew, kurtosis = moments[i]
-        histogram = Histogram(ends[i][0], ends[i][1], tuple(counts_CB[i].tolist()))
+        histogram = Histogram(-lo_C[i], hi_C[i], tuple(counts_CB[i].tolist()))
         suppressed = tuple(Weighted(token, -logit) for token, logit in bottom[i])
         shape = (skew, kurtosis) if std > 0 else (None, None)
         found.append(Logits(top[i], suppressed, histogram, std, *shape) if known else None)
     return found
+
+
+def _histograms(x_CV: Tensor, lo_C1: Tensor, hi_C1: Tensor) -> Tensor:
+    """Of each row, the counts [C, BINS] in equal bins; as `describe.histogram`."""
+    width_C1 = hi_C1 - lo_C1
+    place_CV = ((x_CV - lo_C1) * (BINS / width_C1.clamp(min=1e-30))).int().clamp_(max=BINS - 1)
+    place_CV.masked_fill_(width_C1 == 0, BINS - 1)
+    place_CV += torch.arange(0, len(x_CV) * BINS, BINS, dtype=torch.int32, device=x_CV.device)[:, None]
+    return torch.bincount(place_CV.view(-1), minlength=len(x_CV) * BINS).view(-1, BINS)
 
 
 def _largest(x_CV: Tensor) -> list[tuple[Weighted, ...]]:
@@ -93,8 +96,8 @@ def neighbours(
     `decoders`: W_dec [F, D] of each layer. A direction of 0 is nobody's neighbour and has none.
     """
     unit = {name: _unit(decoders[name]) for name in {layer, *near}}
-    widest = max(len(unit[name]) for name in near)
-    for block in blocks(len(features), max(1, _BLOCK_BYTES // (4 * widest))):
+    widest = max((unit[name] for name in near), key=len)
+    for block in blocks(len(features), _at_once(widest)):
         chosen = list(features[block])
         found: list[list[Neighbour]] = [[] for _ in chosen]
         for name in near:
@@ -108,6 +111,11 @@ def neighbours(
                 found[i] += [Neighbour(name, j, cosine) for j, cosine in pairs if np.isfinite(cosine)]
         own = unit[layer][chosen].abs().amax(1) > 0
         yield from (tuple(row) if known else () for row, known in zip(found, own.tolist(), strict=True))
+
+
+def _at_once(rows_RD: Tensor) -> int:
+    """Features of a block of products with so many rows."""
+    return max(1, (_GPU_BYTES if rows_RD.is_cuda else _CPU_BYTES) // (4 * len(rows_RD)))
 
 
 def _unit(W_FD: Tensor) -> Tensor:
