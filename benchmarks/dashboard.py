@@ -182,7 +182,7 @@ def gathered(args: argparse.Namespace, *, correlate: bool) -> Iterator[tuple[Any
 
     vars(module)["collect"] = timed_collect  # everything before it is loading
     settings: dict[str, Any] = {"tokens": args.tokens, "features": f"0-{args.features - 1}", "correlate": correlate}
-    settings |= {"options": options(args), "workers": os.cpu_count() or 1}
+    settings["options"] = options(args)
     with module.gathered(args.collection, args.layer, **settings) as found:
         assert found is not None
         row = {"pass_s": round(time.perf_counter() - began[0][0], 2)}

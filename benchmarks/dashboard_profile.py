@@ -44,7 +44,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from saezoo import gathered as module
     from saezoo.evals.evaluate import reconstruct
     from saezoo.features import collect, directions
-    from saezoo.features.parallel import describe_all
+    from saezoo.features.describe import describe
     from saezoo.features.site import Site
     from saezoo.features.vocabulary import vocabulary
     from saezoo.lm import LanguageModel
@@ -64,7 +64,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             chosen, decoders = found.abouts[i].features, {s.layer: s.sae.W_dec for s in found.task.subjects}
             near = sorted(decoders)
             events, W_dec = found.collection.events[i], subject.sae.W_dec
-            timed("describe", deplete)(describe_all(events, found.text, chosen))
+            blocks = (zip(range(*block), events.block(*block), strict=True) for block in events.blocks(chosen))
+            timed("describe", deplete)(describe(*each, found.text) for block in blocks for each in block)
             timed("logits", deplete)(directions.logits(W_dec, W_U, chosen))
             timed("neighbours", deplete)(directions.neighbours(subject.layer, decoders, chosen, near))
             timed("together", found.together)(i)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -98,7 +97,6 @@ def dashboard_command(
                 layers,
                 out=out,
                 exports=exports,
-                workers=os.cpu_count() or 1,
                 tokens=tokens or workflows.EVAL_TOKENS,
                 on_stage=stages,
                 options=options,
@@ -151,7 +149,6 @@ def features_command(
             collection,
             layers,
             tokens=tokens or workflows.EVAL_TOKENS,
-            workers=os.cpu_count() or 1,
             on_stage=stages,
             options=options,
             **settings,

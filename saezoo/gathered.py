@@ -16,8 +16,7 @@ from saezoo.evals.summary import versions
 from saezoo.features import correlation, directions
 from saezoo.features.collect import Collection, collect
 from saezoo.features.cooccurrence import Cooccurrence, cooccurrence
-from saezoo.features.describe import Text
-from saezoo.features.parallel import describe_all
+from saezoo.features.describe import Text, describe
 from saezoo.features.records import About, Feature
 from saezoo.features.saedashboard import Material
 from saezoo.lm import depth_of
@@ -38,8 +37,6 @@ class Gathered:
     abouts: list[About]
     """Of each SAE, but for the metrics."""
     seed: int
-    workers: int
-    """Processes that describe features."""
     on_stage: OnStage
 
     def about(self, i: int) -> About:
@@ -63,15 +60,17 @@ class Gathered:
         logits = directions.logits(subject.sae.W_dec, directions.unembedding(self.task.lm), chosen)
         decoders = {other.layer: other.sae.W_dec for other in self.task.subjects}
         neighbours = directions.neighbours(subject.layer, decoders, chosen, self._near(i))
-        described = describe_all(events, self.text, chosen, self.workers)
-        for done, feature in enumerate(described, start=1):
-            yield dataclasses.replace(
-                feature,
-                logits=next(logits),
-                neighbours=next(neighbours),
-                coactive=() if together is None else together.partners[feature.index],
-            )
-            self.on_stage(f"features of layer {subject.layer}", done, len(chosen))
+        done = 0
+        for start, stop in events.blocks(chosen):
+            for index, firings in zip(range(start, stop), events.block(start, stop), strict=True):
+                done += 1
+                yield dataclasses.replace(
+                    describe(index, firings, self.text),
+                    logits=next(logits),
+                    neighbours=next(neighbours),
+                    coactive=() if together is None else together.partners[index],
+                )
+                self.on_stage(f"features of layer {subject.layer}", done, len(chosen))
 
     def material(self, i: int) -> Material:
         """What exports of the i-th SAE are made from."""
@@ -108,16 +107,15 @@ def gathered(
     batch_size: int | None = None,
     correlate: bool = False,
     resume: bool = False,
-    workers: int = 1,
     on_begin: Callable[[list[About]], None] = lambda abouts: None,
     on_stage: OnStage = lambda stage, done, total: None,
     options: Options | None = None,
 ) -> Iterator[Gathered | None]:
     """The firings of SAEs on a text, kept on disk until the block ends without an error.
 
-    Arguments as for `workflows.evaluate`; `features`: those wanted, `0-99,512`; `correlate` as for `collect`, `workers`
-    as for `describe_all`; `on_begin` is called before the text is read, with everything but the metrics. Under torchrun
-    the ranks share the rows, and rank 0 alone gets the result; the others get None.
+    Arguments as for `workflows.evaluate`; `features`: those wanted, `0-99,512`; `correlate` as for `collect`; `on_begin`
+    is called before the text is read, with everything but the metrics. Under torchrun the ranks share the rows, and
+    rank 0 alone gets the result; the others get None.
     """
     with workflows.together(options or Options()) as (ranks, options):
         task = workflows.prepare(
@@ -145,7 +143,7 @@ def gathered(
             return
         text = Text.of(collection.scoring)
         try:
-            yield Gathered(task, collection, text, abouts, options.seed, workers, on_stage)
+            yield Gathered(task, collection, text, abouts, options.seed, on_stage)
         except KeyboardInterrupt:
             raise SaezooError("stopped; the text is read, the same command with --resume goes on from there") from None
         collection.remove()

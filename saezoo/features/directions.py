@@ -41,47 +41,53 @@ def unembedding(lm: LanguageModel) -> Tensor:
 def logits(W_dec_FD: Tensor, W_U_DV: Tensor, features: Sequence[int]) -> Iterator[Logits | None]:
     """Of each of `features` in turn."""
     W_U_VD = W_U_DV.T.contiguous()
-    for block in blocks(len(features), _at_once(W_U_VD)):
+    size = min(_at_once(W_U_VD), len(features))
+    # Large tensors made anew for each block would cost as much as the arithmetic.
+    work_CV = torch.empty(size, len(W_U_VD), device=W_U_VD.device)
+    place_CV = torch.empty_like(work_CV, dtype=torch.int32)
+    for block in blocks(len(features), size):
         chosen_CD = W_dec_FD[list(features[block])].float()
-        yield from _of_block(linear(chosen_CD, W_U_VD), chosen_CD.abs().amax(1) > 0)
+        room = work_CV[: len(chosen_CD)], place_CV[: len(chosen_CD)]
+        yield from _of_block(linear(chosen_CD, W_U_VD), chosen_CD.abs().amax(1) > 0, *room)
 
 
-def _of_block(logit_CV: Tensor, known_C: Tensor) -> list[Logits | None]:
-    top, bottom = _largest(logit_CV), _largest(-logit_CV)
+def _of_block(logit_CV: Tensor, known_C: Tensor, work_CV: Tensor, place_CV: Tensor) -> list[Logits | None]:
+    """`logit_CV` is spent; `work_CV` and `place_CV`: room."""
+    top, bottom = _extremes(logit_CV, largest=True), _extremes(logit_CV, largest=False)
     lo_C, hi_C = ([row[0].logit for row in rows] for rows in (bottom, top))
-    counts_CB = _histograms(logit_CV, -logit_CV.new_tensor(lo_C)[:, None], logit_CV.new_tensor(hi_C)[:, None])
-    z_CV = logit_CV - logit_CV.mean(1, keepdim=True)
-    square_CV = z_CV.square()
+    counts_CB = _histograms(logit_CV, lo_C, hi_C, work_CV, place_CV)
+    z_CV = logit_CV.sub_(logit_CV.mean(1, keepdim=True))
+    square_CV = torch.mul(z_CV, z_CV, out=work_CV)
     m2_C, m4_C = square_CV.mean(1).double(), linalg.vecdot(square_CV, square_CV).double() / logit_CV.shape[1]
     m3_C = linalg.vecdot(square_CV, z_CV).double() / logit_CV.shape[1]
     moments = torch.stack([m2_C.sqrt(), m3_C / m2_C**1.5, m4_C / m2_C**2 - 3], dim=1).tolist()
     found: list[Logits | None] = []
     for i, known in enumerate(known_C.tolist()):
         std, skew, kurtosis = moments[i]
-        histogram = Histogram(-lo_C[i], hi_C[i], tuple(counts_CB[i].tolist()))
-        suppressed = tuple(Weighted(token, -logit) for token, logit in bottom[i])
+        histogram = Histogram(lo_C[i], hi_C[i], tuple(counts_CB[i].tolist()))
         shape = (skew, kurtosis) if std > 0 else (None, None)
-        found.append(Logits(top[i], suppressed, histogram, std, *shape) if known else None)
+        found.append(Logits(top[i], bottom[i], histogram, std, *shape) if known else None)
     return found
 
 
-def _histograms(x_CV: Tensor, lo_C1: Tensor, hi_C1: Tensor) -> Tensor:
+def _histograms(x_CV: Tensor, lo_C: list[float], hi_C: list[float], work_CV: Tensor, place_CV: Tensor) -> Tensor:
     """Of each row, the counts [C, BINS] in equal bins; as `describe.histogram`."""
+    lo_C1, hi_C1 = (x_CV.new_tensor(ends)[:, None] for ends in (lo_C, hi_C))
     width_C1 = hi_C1 - lo_C1
-    place_CV = ((x_CV - lo_C1) * (BINS / width_C1.clamp(min=1e-30))).int().clamp_(max=BINS - 1)
-    place_CV.masked_fill_(width_C1 == 0, BINS - 1)
+    torch.sub(x_CV, lo_C1, out=work_CV).mul_(BINS / width_C1.clamp(min=1e-30))
+    place_CV.copy_(work_CV).clamp_(max=BINS - 1).masked_fill_(width_C1 == 0, BINS - 1)
     place_CV += torch.arange(0, len(x_CV) * BINS, BINS, dtype=torch.int32, device=x_CV.device)[:, None]
     return torch.bincount(place_CV.view(-1), minlength=len(x_CV) * BINS).view(-1, BINS)
 
 
-def _largest(x_CV: Tensor) -> list[tuple[Weighted, ...]]:
-    """The `TOKENS` largest of each row, largest first; of equal ones the lowest id."""
+def _extremes(x_CV: Tensor, *, largest: bool) -> list[tuple[Weighted, ...]]:
+    """The `TOKENS` largest or smallest of each row, the most extreme first; of equal ones the lowest id."""
     most = min(TOKENS, x_CV.shape[1])
-    least_C = x_CV.topk(most, dim=1).values[:, -1]
+    last_C = x_CV.topk(most, dim=1, largest=largest).values[:, -1]
     rows = []
-    for x_V, least in zip(x_CV, least_C, strict=True):
-        candidate_K = (x_V >= least).nonzero().squeeze(1)  # more than `most` only if several equal the last
-        order_K = torch.sort(x_V[candidate_K], descending=True, stable=True).indices[:most]
+    for x_V, last in zip(x_CV, last_C, strict=True):
+        candidate_K = ((x_V >= last) if largest else (x_V <= last)).nonzero().squeeze(1)  # more if several equal it
+        order_K = torch.sort(x_V[candidate_K], descending=largest, stable=True).indices[:most]
         ids, values = candidate_K[order_K].tolist(), x_V[candidate_K[order_K]].tolist()
         rows.append(tuple(map(Weighted, ids, values)))
     return rows

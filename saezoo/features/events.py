@@ -88,7 +88,6 @@ class Events:
 
     def __init__(self, folders: Sequence[Path], n_features: int) -> None:
         """`folders`: in the order of the text, one for each rank that wrote."""
-        self.folders = folders
         paths = [path for folder in folders for path in parts(folder).values()]
         self._files: list[Any] = [safe_open(path, "np") for path in paths]
         self._ends = [file.get_tensor("ends") for file in self._files]
