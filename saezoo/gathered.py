@@ -113,9 +113,9 @@ def gathered(
 ) -> Iterator[Gathered | None]:
     """The firings of SAEs on a text, kept on disk until the block ends without an error.
 
-    Arguments as for `workflows.evaluate`; `features`: those wanted, `0-99,512`; `correlate` as for `collect`; `on_begin`
-    is called before the text is read, with everything but the metrics. Under torchrun the ranks share the rows, and
-    rank 0 alone gets the result; the others get None.
+    Arguments as for `workflows.evaluate`; `features`: those wanted, `0-99,512`; `correlate` as for `collect`;
+    `on_begin` is called before the text is read, with everything but the metrics. Under torchrun the ranks share the
+    rows, and rank 0 alone gets the result; the others get None.
     """
     with workflows.together(options or Options()) as (ranks, options):
         task = workflows.prepare(
