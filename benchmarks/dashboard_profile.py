@@ -64,8 +64,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             chosen, decoders = found.abouts[i].features, {s.layer: s.sae.W_dec for s in found.task.subjects}
             near = sorted(decoders)
             events, W_dec = found.collection.events[i], subject.sae.W_dec
-            blocks = (zip(range(*block), events.block(*block), strict=True) for block in events.blocks(chosen))
-            timed("describe", deplete)(describe(*each, found.text) for block in blocks for each in block)
+            timed("describe", deplete)(describe(*each, found.text) for each in events.each(chosen))
             timed("logits", deplete)(directions.logits(W_dec, W_U, chosen))
             timed("neighbours", deplete)(directions.neighbours(subject.layer, decoders, chosen, near))
             timed("together", found.together)(i)

@@ -169,10 +169,9 @@ def cooccur(
         _only_one(name, found)
         tokens, events = vocabulary(found.task.lm.tokenizer, found.task.lm.vocab).tokens, found.collection.events[0]
         tops = []
-        for start, stop in events.blocks(range(events.n_features)):
-            for firings in events.block(start, stop):
-                stats = token_stats(firings, found.text)[1] if len(firings.token_N) else ()
-                tops.append(_text_of(tokens, stats[0].token) if stats else "")
+        for _, firings in events.each(range(events.n_features)):
+            stats = token_stats(firings, found.text)[1] if len(firings.token_N) else ()
+            tops.append(_text_of(tokens, stats[0].token) if stats else "")
         return Together(found.together(0), tuple(tops))
 
 

@@ -161,7 +161,8 @@ def test_a_feature_that_never_or_rarely_fires_has_no_partner(make: Make) -> None
 
 def test_without_any_firing(make: Make) -> None:
     got = found(make, np.zeros((5, 3), dtype=bool))
-    assert got == Cooccurrence(5, (0, 0, 0), ((), (), ()), (), ())
+    assert (got.tokens, got.fires, list(got.partners)) == (5, (0, 0, 0), [(), (), ()])
+    assert (got.clusters, got.exclusive) == ((), ())
     assert got.groups_csv() == "kind,group,size,feature,fires,mean,tokens,both,expected\n"
 
 

@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saezoo.errors import SaezooError
-from saezoo.features.pages import AFTER, BEFORE, feature_page, number, ranges
+from saezoo.features.pages import AFTER, BEFORE, feature_page, number, ranges, significant
 from saezoo.features.serve import serve
 from saezoo.features.site import MARK, SHARD, Site, is_site, script
 
@@ -166,6 +166,15 @@ def test_no_number_is_made_up() -> None:
     page = feature_page(sites.dead(9))
     assert (page["histogram"], page["top"], page["quantiles"], page["byShare"]) == (None, [], [], [])
     assert [number(value) for value in (None, float("nan"), float("inf"), 0.0)] == [None, None, None, 0.0]
+
+
+@given(st.lists(st.floats(1e-6, 1e7), min_size=1, max_size=50), st.integers(2, 5))
+def test_significant_digits_as_python_prints_them(values: list[float], digits: int) -> None:
+    """But for halves, which go one way or the other; and what is kept prints with so many digits."""
+    found = significant(np.array(values), digits).tolist()
+    for value, rounded in zip(values, found, strict=True):
+        assert rounded == pytest.approx(value, rel=0.5000001 * 10.0 ** (1 - digits))
+        assert rounded == float(f"{rounded:.{digits}g}")
 
 
 def test_a_context_is_cut_around_its_firing() -> None:

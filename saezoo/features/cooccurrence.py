@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -58,6 +57,44 @@ class Group(NamedTuple):
     """What `both` would be if they fired independently."""
 
 
+class Partners(Sequence[tuple[Coactive, ...]]):
+    """The partners of every feature. Kept as arrays: a quarter of a million small tuples would make each round of
+    Python's garbage collector as long as the work between two."""
+
+    def __init__(self, blocks: Iterable[_Found]) -> None:
+        counts_F, *columns = (np.concatenate(column) for column in zip(*blocks, strict=True))
+        self._ends = np.concatenate([[0], np.cumsum(counts_F)])
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Partners) and list(self) == list(other)
+
+    @overload
+    def __getitem__(self, feature: int) -> tuple[Coactive, ...]: ...
+    @overload
+    def __getitem__(self, feature: slice) -> list[tuple[Coactive, ...]]: ...
+    def __getitem__(self, feature: int | slice) -> tuple[Coactive, ...] | list[tuple[Coactive, ...]]:
+        if isinstance(feature, slice):
+            return [self[i] for i in range(*feature.indices(len(self)))]
+        if not 0 <= feature < len(self):
+            raise IndexError(feature)
+        own = slice(self._ends[feature], self._ends[feature + 1])
+        return tuple(Coactive(*row) for row in zip(*(column[own].tolist() for column in self._columns), strict=True))
+
+
+class _Found(NamedTuple):
+    """Of a block of features: how many partners each has [C]; all of them, feature by feature [N]."""
+
+    counts_C: Indices
+    feature_N: Indices
+    both_N: Indices
+    jaccard_N: Floats
+    pmi_N: Floats
+
+
 @dataclass(frozen=True)
 class Cooccurrence:
     """What `cooccurrence` found."""
@@ -66,7 +103,7 @@ class Cooccurrence:
     """Scored tokens that were counted; the text may have had more."""
     fires: tuple[int, ...]
     """Of each feature, on these tokens."""
-    partners: tuple[tuple[Coactive, ...], ...]
+    partners: Partners
     """Of each feature, the largest Jaccard index first."""
     clusters: tuple[Group, ...]
     """The one with the strongest pair first."""
@@ -129,7 +166,7 @@ def cooccurrence(
     n_F, fires_PF = np.diff(fires_FP.indptr).astype(np.int64), fires_FP.T.tocsr()
     test, features = _Test.of(n_F, tokens), len(n_F)
     unit_SD = _units(W_dec_FD)[test.possible]
-    partners: list[tuple[Coactive, ...]] = []
+    partners: list[_Found] = []
     coactive: list[Pair] = []
     exclusive: list[Pair] = []
     step = max(1, _BLOCK_CELLS // max(1, features))
@@ -137,14 +174,14 @@ def cooccurrence(
         own = range(start, min(start + step, features))
         both_CF = _together(fires_FP, fires_PF, own)
         found = _largest(_jaccard(both_CF, n_F, own), max(per_feature, _MOST_PAIRS))
-        partners += _partners(found.first(per_feature), both_CF, n_F, own, tokens)
+        partners.append(_partners(found.first(per_feature), both_CF, n_F, own, tokens))
         coactive += found.first(_MOST_PAIRS).pairs(start, at_least=together)
         exclusive += _exclusive(both_CF, unit_SD, test, own, near).first(_MOST_PAIRS).pairs(start)
         on_progress(own.stop, features)
     return Cooccurrence(
         tokens=tokens,
         fires=tuple(n_F.tolist()),
-        partners=tuple(partners),
+        partners=Partners(partners),
         clusters=_groups(coactive, fires_FP, tokens),
         exclusive=_groups(exclusive, fires_FP, tokens),
     )
@@ -153,18 +190,16 @@ def cooccurrence(
 def _matrix(events: Events, scored_P: NDArray[np.bool_]) -> tuple[csr_matrix, int]:
     """Which feature fires where [F, P], 1 where one does, and how many tokens are counted."""
     l0_P = np.zeros(len(scored_P), dtype=np.int64)
-    ranges = events.blocks(range(events.n_features))
-    for start, stop in ranges:
-        for token_N, _ in events.block(start, stop):
-            l0_P[token_N] += 1
+    features = range(events.n_features)
+    for _, (token_N, _) in events.each(features):
+        l0_P[token_N] += 1
     fits_P = (np.cumsum(l0_P**2) <= _MOST_PRODUCTS) & (np.cumsum(l0_P) <= _MOST_FIRINGS)
     end = max(1, int(fits_P.sum()))  # both sums only grow
     ends, indices = [0], np.empty(int(l0_P[:end].sum()), dtype=np.int32)
-    for start, stop in ranges:
-        for token_N, _ in events.block(start, stop):
-            kept = int(np.searchsorted(token_N, end))
-            indices[ends[-1] : ends[-1] + kept] = token_N[:kept]
-            ends.append(ends[-1] + kept)
+    for _, (token_N, _) in events.each(features):
+        kept = int(np.searchsorted(token_N, end))
+        indices[ends[-1] : ends[-1] + kept] = token_N[:kept]
+        ends.append(ends[-1] + kept)
     ones_N = np.ones(len(indices), dtype=np.int8)
     return csr_matrix((ones_N, indices, np.array(ends)), shape=(events.n_features, end)), int(scored_P[:end].sum())
 
@@ -230,14 +265,11 @@ def _largest(weight_CF: Floats, most: int) -> _Cells:
     return _Cells.of(row_N, column_N, weight_CF[row_N, column_N])
 
 
-def _partners(cells: _Cells, both_CF: Indices, n_F: Indices, own: range, tokens: int) -> list[tuple[Coactive, ...]]:
+def _partners(cells: _Cells, both_CF: Indices, n_F: Indices, own: range, tokens: int) -> _Found:
     row_N, column_N, jaccard_N = cells
     both_N = both_CF[row_N, column_N]
     pmi_N = np.log2(both_N * (tokens / n_F[own.start + row_N]) / n_F[column_N])
-    columns = (values.tolist() for values in (column_N, both_N, jaccard_N, pmi_N))
-    found = [Coactive(*values) for values in zip(*columns, strict=True)]
-    ends = np.searchsorted(row_N, np.arange(len(own) + 1)).tolist()
-    return [tuple(found[first:last]) for first, last in itertools.pairwise(ends)]
+    return _Found(np.bincount(row_N, minlength=len(own)), column_N, both_N, jaccard_N, pmi_N)
 
 
 class _Test(NamedTuple):

@@ -53,10 +53,9 @@ class Correlates(NamedTuple):
 def moments(events: Events) -> Moments:
     """Of every feature of the SAE."""
     found = np.zeros((2, events.n_features))
-    for start, stop in events.blocks(range(events.n_features)):
-        for feature, firings in enumerate(events.block(start, stop), start):
-            value_N = firings.value_N.astype(np.float64)
-            found[:, feature] = value_N.sum(), value_N @ value_N
+    for feature, firings in events.each(range(events.n_features)):
+        value_N = firings.value_N.astype(np.float64)
+        found[:, feature] = value_N.sum(), value_N @ value_N
     return Moments(found[0], found[1])
 
 
@@ -84,7 +83,7 @@ def with_features(events: Events, of: Moments, features: Sequence[int], tokens: 
 
 def read(events: Events, features: Sequence[int]) -> list[Firings]:
     """The firings of `features`, in ascending order, read in large pieces."""
-    return [firings for block in events.blocks(features) for firings in events.block(*block)]
+    return [firings for _, firings in events.each(features)]
 
 
 def _groups(events: Events, features: Sequence[int]) -> list[list[int]]:

@@ -115,25 +115,29 @@ def histogram(value_N: NDArray[np.float32], bins: int = BINS) -> Histogram:
 def token_stats(firings: Firings, text: Text) -> tuple[tuple[TokenStat, ...], tuple[TokenStat, ...]]:
     """The kinds of tokens with the largest mean activation, and with the largest share of it."""
     id_N = text.tokens_M[firings.token_N]
-    sum_V = np.bincount(id_N, weights=firings.value_N, minlength=len(text.occurrences_V))
-    fires_V = np.bincount(id_N, minlength=len(text.occurrences_V))
-    kind_K = np.flatnonzero(fires_V)
-    mean_K, total = sum_V[kind_K] / text.occurrences_V[kind_K], sum_V.sum()
+    if len(id_N) < len(text.occurrences_V) // 8:  # then sorting is quicker than to look at the whole vocabulary
+        kind_K, of_N, fires_K = np.unique(id_N, return_inverse=True, return_counts=True)
+        sum_K = np.bincount(of_N, weights=firings.value_N)
+    else:
+        fires_V = np.bincount(id_N, minlength=len(text.occurrences_V))
+        kind_K = np.flatnonzero(fires_V)
+        fires_K, sum_K = fires_V[kind_K], np.bincount(id_N, firings.value_N, len(fires_V))[kind_K]
+    mean_K, total = sum_K / text.occurrences_V[kind_K], sum_K.sum()
 
     def stats(chosen: Integers) -> tuple[TokenStat, ...]:
         return tuple(
             TokenStat(
                 int(kind_K[k]),
                 float(mean_K[k]),
-                float(sum_V[kind_K[k]] / total),
-                int(fires_V[kind_K[k]]),
+                float(sum_K[k] / total),
+                int(fires_K[k]),
                 int(text.occurrences_V[kind_K[k]]),
             )
             for k in chosen
         )
 
     often_K = np.flatnonzero(text.occurrences_V[kind_K] >= FEWEST_OCCURRENCES)
-    return stats(often_K[largest(mean_K[often_K], TOKENS)]), stats(largest(sum_V[kind_K], TOKENS))
+    return stats(often_K[largest(mean_K[often_K], TOKENS)]), stats(largest(sum_K, TOKENS))
 
 
 def largest(x_K: NDArray[Any], most: int) -> Integers:

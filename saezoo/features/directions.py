@@ -102,6 +102,7 @@ def neighbours(
     `decoders`: W_dec [F, D] of each layer. A direction of 0 is nobody's neighbour and has none.
     """
     unit = {name: _unit(decoders[name]) for name in {layer, *near}}
+    zero = {name: rows_FD.abs().amax(1) == 0 for name, rows_FD in unit.items()}
     widest = max((unit[name] for name in near), key=len)
     for block in blocks(len(features), _at_once(widest)):
         chosen = list(features[block])
@@ -110,13 +111,12 @@ def neighbours(
             cosine_CF = linear(unit[layer][chosen], unit[name])
             if name == layer:
                 cosine_CF[range(len(chosen)), chosen] = -torch.inf
-            cosine_CF[:, unit[name].abs().amax(1) == 0] = -torch.inf
+            cosine_CF[:, zero[name]] = -torch.inf
             values, indices = cosine_CF.topk(min(NEIGHBOURS, len(unit[name])), dim=1)
             for i, (cosines, ids) in enumerate(zip(values.tolist(), indices.tolist(), strict=True)):
                 pairs = sorted(zip(ids, cosines, strict=True), key=lambda pair: (-pair[1], pair[0]))
                 found[i] += [Neighbour(name, j, cosine) for j, cosine in pairs if np.isfinite(cosine)]
-        own = unit[layer][chosen].abs().amax(1) > 0
-        yield from (tuple(row) if known else () for row, known in zip(found, own.tolist(), strict=True))
+        yield from (() if none else tuple(row) for row, none in zip(found, zero[layer][chosen].tolist(), strict=True))
 
 
 def _at_once(rows_RD: Tensor) -> int:

@@ -11,7 +11,7 @@ Shapes: F features, N firings.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,6 +111,11 @@ class Events:
                 own = slice(int(ends[start + i]) - first, int(ends[start + i + 1]) - first)
                 piece.append(Firings(token_N[own], value_N[own]))
         return [_joined(piece) for piece in pieces]
+
+    def each(self, features: Sequence[int]) -> Iterator[tuple[int, Firings]]:
+        """Of `features`, in ascending order, each with its firings."""
+        for start, stop in self.blocks(features):
+            yield from zip(range(start, stop), self.block(start, stop), strict=True)
 
     def blocks(self, features: Sequence[int], most: int = PART) -> list[tuple[int, int]]:
         """`features`, in ascending order, as ranges (start, stop) of neighbours with at most `most` firings together,

@@ -8,6 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from saezoo.features.records import About, Example, Feature, Histogram, Logits, TokenStat, Weighted
 from saezoo.results import Measured
 
@@ -59,8 +62,8 @@ class Columns:
             "skew": number(logits.skew, 4) if logits else None,
             "kurtosis": number(logits.kurtosis, 4) if logits else None,
             "divergence": _measured(feature.divergence, 4),
-            "tokens": [stat.token for stat in feature.tokens_by_share[:_LISTED]],
-            "promoted": [weighted.token for weighted in logits.promoted[:_PROMOTED]] if logits else [],
+            "tokens": tuple(stat.token for stat in feature.tokens_by_share[:_LISTED]),
+            "promoted": tuple(weighted.token for weighted in logits.promoted[:_PROMOTED]) if logits else (),
         }
         for name, cell in row.items():
             self.columns[name].append(cell)
@@ -71,12 +74,13 @@ _COLUMNS = ["index", "fires", "mean", "max", "skew", "kurtosis", "divergence", "
 
 def feature_page(feature: Feature) -> Json:
     """Everything on the page of a feature that is not in its row of the list."""
+    contexts = iter(_contexts([*feature.top, *(e for part in feature.quantiles for e in part.examples)]))
     return {
         "index": feature.index,
         "histogram": _histogram(feature.histogram),
-        "top": [_context(example) for example in feature.top],
+        "top": list(itertools.islice(contexts, len(feature.top))),
         "quantiles": [
-            [number(part.lo), number(part.hi), part.firings, [_context(example) for example in part.examples]]
+            [number(part.lo), number(part.hi), part.firings, list(itertools.islice(contexts, len(part.examples)))]
             for part in feature.quantiles
         ],
         "byMean": [_stat(stat) for stat in feature.tokens_by_mean],
@@ -87,15 +91,36 @@ def feature_page(feature: Feature) -> Json:
     }
 
 
-def _context(example: Example) -> Json:
-    """[row, document, first position shown, length of the row, position of the firing, ids, activations as pairs of
-    place in ids and value]."""
-    start = max(0, example.position - BEFORE)
-    tokens_T = example.tokens_T[start : example.position + AFTER + 1]
-    values_T = example.values_T[start : example.position + AFTER + 1]
-    pairs = [[i, number(value, 3)] for i, value in enumerate(values_T.tolist()) if value]
-    place = [example.row, example.document, start, len(example.tokens_T), example.position]
-    return [*place, tokens_T.tolist(), list(itertools.chain.from_iterable(pairs))]
+def _contexts(examples: Sequence[Example]) -> list[Json]:
+    """Of each: row, document, first position shown, length of the row, position of the firing, ids, and activations as
+    pairs of place in ids and value. All of a feature at once, for there are a million of them in a site."""
+    if not examples:
+        return []
+    starts = [max(0, example.position - BEFORE) for example in examples]
+    windows = [slice(start, e.position + AFTER + 1) for e, start in zip(examples, starts, strict=True)]
+    values_W = np.concatenate([e.values_T[window] for e, window in zip(examples, windows, strict=True)])
+    fires_N = np.flatnonzero(values_W)
+    ends = np.cumsum(
+        [min(window.stop, len(e.values_T)) - window.start for e, window in zip(examples, windows, strict=True)]
+    )
+    example_N = np.searchsorted(ends, fires_N, side="right")
+    place_N = fires_N - np.concatenate([[0], ends])[example_N]
+    pairs: list[list[float]] = [[] for _ in examples]
+    columns = (example_N.tolist(), place_N.tolist(), significant(values_W[fires_N].astype(np.float64), 3).tolist())
+    for i, place, value in zip(*columns, strict=True):
+        pairs[i] += place, value
+    return [
+        [e.row, e.document, start, len(e.tokens_T), e.position, e.tokens_T[window].tolist(), fired]
+        for e, start, window, fired in zip(examples, starts, windows, pairs, strict=True)
+    ]
+
+
+def significant(values_N: NDArray[np.float64], digits: int) -> NDArray[np.float64]:
+    """Values above 0, to so many significant digits."""
+    shift_N = digits - 1 - np.floor(np.log10(values_N))
+    scale_N = 10.0 ** np.abs(shift_N)  # exact, so that what is divided by it has few digits
+    down_N, up_N = np.round(values_N * scale_N) / scale_N, np.round(values_N / scale_N) * scale_N
+    return np.asarray(np.where(shift_N >= 0, down_N, up_N))
 
 
 def _stat(stat: TokenStat) -> Json:
@@ -125,4 +150,4 @@ def _histogram(histogram: Histogram | None) -> Json:
 
 def _measured(value: Measured, digits: int = 6) -> Json:
     """[value, lower end, upper end]; None if it is undefined."""
-    return None if value.value is None else [number(end, digits) for end in value]
+    return None if value.value is None else tuple(number(end, digits) for end in value)
