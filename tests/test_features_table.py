@@ -204,7 +204,7 @@ def test_unknown_is_an_empty_cell_of_the_terminals_table() -> None:
 @pytest.mark.parametrize("sort", ["absent", "top_tokens", "\x1b[2J"])
 def test_a_column_that_cannot_be_sorted_by(sort: str) -> None:
     with pytest.raises(
-        UsageError, match=r"features cannot be sorted by `.*`; give one of feature, fires, tokens, "
+        UsageError, match=r"features cannot be sorted by `.*`; give one of feature, fires, density, "
     ) as error:
         rich_table(frame(LIVE), sort=sort, top=1, width=100)
     assert str(error.value).isprintable()

@@ -23,8 +23,8 @@ TOKENS = 10
 """In a cell, at most."""
 _NO_LOGITS = dict.fromkeys(("promoted", "suppressed", "logit_std", "logit_skew", "logit_kurtosis"))
 _NUMBERS = ("mean", "max", "log10_density", "logit_std", "logit_skew", "logit_kurtosis", "divergence")
-SORTABLE = ("feature", "fires", "density", *_NUMBERS, "divergence_lo", "divergence_hi")
-"""Columns of numbers."""
+SORTABLE = ("feature", "fires", "density", *_NUMBERS, "divergence_lo", "divergence_hi", "dead")
+"""Columns that the terminal's table can be sorted by."""
 _SHOWN = ("feature", "density", "mean", "max", "divergence")
 _LISTED = {"top_tokens": 4, "promoted": 3}
 """Columns of the terminal's table that hold tokens, and how many it shows."""
