@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -277,3 +278,18 @@ def test_feature_that_never_fired(arguments: list[object], tmp_path: Path) -> No
     options = [{"--text": "--corpus"}.get(str(option), option) for option in rest]
     done = saezoo("feature", sae.save(tmp_path / "dead"), 7, *options)
     assert "did not fire on these tokens: density below 0.0021 with 95 % confidence" in " ".join(done.stdout.split())
+
+
+SAMPLE = ROOT / "docs" / "dashboards" / "site"
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="not a checkout")
+def test_the_site_in_the_docs_is_one_of_today() -> None:
+    """Its data are those of another machine, perhaps; its scripts, and which features it has, are not."""
+    static = ROOT / "saezoo" / "features" / "static"
+    assert all((SAMPLE / path.name).read_bytes() == path.read_bytes() for path in static.iterdir())
+    manifest = read(SAMPLE / "data" / "manifest.js")
+    assert manifest["complete"]
+    pages = {sae["layer"]: {i for a, b in sae["features"] for i in range(a, b)} for sae in manifest["saes"]}
+    linked = re.findall(r"site/index.html#/(\d+)/(\d+)\)", (ROOT / "docs" / "dashboards.md").read_text())
+    assert len(linked) == 10 and all(int(index) in pages[layer] for layer, index in linked)

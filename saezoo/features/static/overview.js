@@ -123,9 +123,10 @@ function overviewView(sae, columns) {
     element("p", {}, `${sae.hook} of ${sae.model}, on ${format.count(sae.tokens)} tokens of ${sae.text}`),
     section("How often features fire",
       chart,
-      element("p.quiet", {}, `${format.count(dead)} of ${format.plural(columns.index.length, "feature")} did not fire on `
-        + `${format.count(sae.tokens)} tokens: density below ${format.power(format.densityBound(sae.tokens))} each, `
-        + "with 95 % confidence. Shaded: those that fire on more than one token in a hundred, and in ten. "
+      element("p.quiet", {}, dead === 0 ? `Every feature here fired on these ${format.count(sae.tokens)} tokens. `
+        : `${format.count(dead)} of ${format.plural(columns.index.length, "feature")} did not fire on `
+        + `${format.count(sae.tokens)} tokens: density below ${format.power(format.densityBound(sae.tokens))} each, with 95 % confidence. `,
+        "Shaded: those that fire on more than one token in a hundred, and in ten. "
         + "A bar lists its features.")),
     section("Features",
       element("div.search", { role: "search" }, select, input), filter, status, pagers[0],
