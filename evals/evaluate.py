@@ -21,7 +21,7 @@ from saezoo.evals.head import Clean, Constant, Head
 from saezoo.evals.intervals import GROUPS
 from saezoo.evals.resuming import States, crc, merge, named
 from saezoo.evals.scoring import Scoring
-from saezoo.evals.summary import summarise, versions
+from saezoo.evals.summary import middle_of, summarise, versions
 from saezoo.evals.tally import Places, Subject, Tally
 from saezoo.lm import LanguageModel, depth_of
 from saezoo.products import half_is_faster
@@ -32,7 +32,7 @@ from saezoo.tokens import Rows
 
 _CPU_BATCH, _GPU_BATCH = 2048, 32_768  # tokens
 _SAMPLE = 250_000  # activations for the geometric median, the post's number
-_SAMPLE_BYTES = 128 << 20  # of all SAEs together: twelve of GPT-2 small keep 3,640 each
+_SAMPLE_BYTES = 128 << 20  # of all inputs together: twelve layers of GPT-2 small keep 3,640 activations each
 _SPARSE_BELOW = 0.1  # fraction of pairs above 0
 _PROBE = 16  # tokens that tell
 _ENCODED_AT_ONCE = 1 << 26  # features of tokens, 256 MB in float32
@@ -119,7 +119,12 @@ class Evaluation:
         self.depths = [depth_for(subject, lm) for subject in subjects]
         self.batch = batch_size or batch_rows(lm, context)
         self.tallies = [Tally.empty(s.sae.config.d_in, s.sae.config.d_sae, context) for s in subjects]
-        room = _SAMPLE_BYTES // (4 * lm.d_model * max(1, len(subjects)))
+        reads = [
+            (depth, s.sae.config.centre, s.sae.W_enc.dtype) for depth, s in zip(self.depths, subjects, strict=True)
+        ]
+        self._like = [reads.index(read) for read in reads]
+        """For each subject the first that reads the same activations: one sample of them is enough."""
+        room = _SAMPLE_BYTES // (4 * lm.d_model * max(1, len(set(reads))))
         self._sample_RT = self.scoring.sample(min(_SAMPLE, room))
         with torch.inference_mode():
             self._head = Head(lm)
@@ -145,14 +150,18 @@ class Evaluation:
                 raise TextError(f"{text or 'the text'} holds special tokens only; give one with text in it")
             ce_unigram_N = self.scoring.unigram()
             found = []
-            for subject, tally, depth, zero in zip(self.subjects, self.tallies, self.depths, self._zero, strict=True):
+            middles = {i: middle_of(torch.cat(self.tallies[i].sample)) for i in sorted(set(self._like))}
+            parts = zip(self.subjects, self.tallies, self._like, self.depths, self._zero, strict=True)
+            for subject, tally, like, depth, zero in parts:
                 mean_D = tally.x_sum_ND.sum(0) / tally.column("tokens").sum()
                 ends = {
                     "ce_zero": self.scoring.cross_entropy(zero.log_p_V),
                     "ce_mean": self.scoring.cross_entropy(self._constant(mean_D, depth).log_p_V),
                     "ce_unigram": ce_unigram_N,
                 }
-                found.append(summarise(subject, tally, ends, self.scoring, self.lm, text=text, model=model))
+                found.append(
+                    summarise(subject, tally, middles[like], ends, self.scoring, self.lm, text=text, model=model)
+                )
             return found
 
     def _add(self, first: int, last: int) -> None:
@@ -192,7 +201,8 @@ class Evaluation:
         values = batch.shared | self._losses(last_nD, self._zero[i], batch) | reconstruction_values(x_nD, y_nD)
         groups_n = (batch.places.block_n % GROUPS).to(x_nD.device)
         tally.add(values | {"l0": above_n, "l1": sum_n}, x_nD, code.fires_in(groups_n, GROUPS), batch.places)
-        tally.sample.append(x_nD[batch.sampled_n].float().cpu())
+        if self._like[i] == i:
+            tally.sample.append(x_nD[batch.sampled_n].float().cpu())
 
     def _losses(self, last_nD: Tensor, zero: Constant, batch: _Batch) -> dict[str, Tensor]:
         """Per token [n], what the language model loses by the reconstruction, and by nothing in its place."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,26 @@ from saezoo.lm import LanguageModel
 from saezoo.results import Blocks, Measured, Result, measured
 
 
+class Middle(NamedTuple):
+    """Of a sample of activations."""
+
+    median_D: Tensor
+    """Geometric median."""
+    spread: Tensor
+    """Median distance from it."""
+    n: int
+
+
+def middle_of(sample_nD: Tensor) -> Middle:
+    """The sample's geometric median, and how far from it activations lie."""
+    median_D = geometric_median(sample_nD, ftol=1e-9)
+    return Middle(median_D, (sample_nD - median_D).norm(dim=1).median(), len(sample_nD))
+
+
 def summarise(
     subject: Subject,
     tally: Tally,
+    middle: Middle,
     ends: Mapping[str, Tensor],
     scoring: Scoring,
     lm: LanguageModel,
@@ -37,7 +55,7 @@ def summarise(
     mean_D = tally.x_sum_ND.sum(0) / tokens_N.sum()
     metrics = intervals.bootstrap(sums, tally.x_sum_ND, seed=scoring.seed)
     metrics |= counts.feature_counts(tally.fires_GF, tokens_G)
-    metrics |= _median_distances(torch.cat(tally.sample), mean_D, subject.sae.b_dec)
+    metrics |= _median_distances(middle, mean_D, subject.sae.b_dec)
     metrics |= parameter_metrics(subject.sae)
     return Result(
         collection=subject.collection,
@@ -65,19 +83,20 @@ def summarise(
     )
 
 
-def _median_distances(sample_nD: Tensor, mean_D: Tensor, b_dec_D: Tensor) -> dict[str, Measured]:
+def _median_distances(middle: Middle, mean_D: Tensor, b_dec_D: Tensor) -> dict[str, Measured]:
     """Where b_dec lies: distances to the geometric median of x, beside that of the mean."""
-    median_D = geometric_median(sample_nD, ftol=1e-9)
-    spread = (sample_nD - median_D).norm(dim=1).median()
+    median_D, spread, n = middle
     to_b_dec = (b_dec_D.float().cpu() - median_D).norm()
     to_mean = (mean_D.float() - median_D).norm()
+    from_mean = (b_dec_D.float().cpu() - mean_D.float()).norm()
     values = {
         "gm_distance_b_dec": to_b_dec,
         "gm_distance_b_dec_relative": to_b_dec / spread,
         "gm_distance_mean": to_mean,
         "gm_distance_mean_relative": to_mean / spread,
+        "mean_distance_b_dec": from_mean,
         "gm_spread": spread,
-        "gm_sample": torch.tensor(len(sample_nD)),
+        "gm_sample": torch.tensor(n),
     }
     return {name: measured(float(value)) for name, value in values.items()}
 

@@ -53,7 +53,7 @@ class Tally:
     by_position_GTP: Tensor
     by_frequency_GQP: Tensor
     sample: list[Tensor]
-    """Activations [n, D] float32, one tensor for each batch."""
+    """Activations [n, D] float32, one tensor for each batch; of several SAEs that read the same, the first has them."""
 
     @classmethod
     def empty(cls, d_in: int, d_sae: int, context: int) -> Tally:

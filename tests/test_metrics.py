@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,7 @@ def with_embedding(lm: LanguageModel, *, factor: float = 1.0, shift: Tensor | No
         ("dead", 0),
         ("dense_10", 0),
         ("gm_distance_b_dec_relative", 0),
+        ("mean_distance_b_dec", 1),
         ("norm_in", 1),
         ("norm_out", 1),
         ("l1", 1),
@@ -362,6 +364,23 @@ def test_histogram() -> None:
     assert found["never"] == 2
 
 
+def test_saes_that_read_the_same_share_one_sample(
+    lm: LanguageModel, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for 30 activations of one layer: three SAEs on it get what one gets, two layers half of it each."""
+    monkeypatch.setattr(sys.modules["saezoo.evals.evaluate"], "_SAMPLE_BYTES", 4 * D * 30)
+    saes = [random_sae() for _ in range(3)]
+    other = SAE(replace(CONFIG, hook="blocks.0.hook_resid_pre"), dict(saes[0].named_parameters()))
+    alone = values(run(lm, saes[2], rows))
+    subjects = [Subject(sae, "c", str(i)) for i, sae in enumerate(saes)]
+    beside = [values(result) for result in evaluate(subjects, lm, rows)]
+    names = [name for name in alone if name.startswith("gm_")]
+    assert [{name: found[name] for name in names} for found in beside] == [{name: alone[name] for name in names}] * 3
+    mixed = evaluate([*subjects, Subject(other, "c", "3")], lm, rows)
+    assert [values(result)["gm_sample"] for result in mixed] == [15] * 4 and alone["gm_sample"] == 30
+    assert values(mixed[3])["gm_spread"] != values(mixed[0])["gm_spread"]
+
+
 def test_distances_to_the_geometric_median(lm: LanguageModel, rows: Rows) -> None:
     x_nD = activation(lm, rows)[scored(rows, "standard")]
     median_D, sae = geometric_median(x_nD), random_sae()
@@ -372,6 +391,7 @@ def test_distances_to_the_geometric_median(lm: LanguageModel, rows: Rows) -> Non
     assert found["gm_distance_b_dec"] == pytest.approx(float((sae.b_dec - median_D).norm()), rel=1e-3)
     assert found["gm_distance_mean"] == pytest.approx(float((x_nD.mean(0) - median_D).norm()), rel=1e-3)
     assert found["gm_distance_b_dec_relative"] == pytest.approx(found["gm_distance_b_dec"] / spread, rel=1e-3)
+    assert found["mean_distance_b_dec"] == pytest.approx(float((sae.b_dec - x_nD.mean(0)).norm()), rel=1e-4)
 
 
 def test_progress_counts_tokens(lm: LanguageModel, rows: Rows) -> None:
