@@ -147,19 +147,26 @@ class Recipe:
     """λ rises linearly from 0 over this many steps; 0 is a constant λ."""
     encoder_init: Literal["kaiming", "decoder"] = "kaiming"
     """How W_enc starts: uniform as PyTorch's Kaiming initialisation, or as the decoder's transpose."""
+    resample_every_steps: int = 0
+    """Four times, after so many steps each, features that did not fire in the latter half of these begin anew, as in
+    Bricken et al. 2023; 0: never."""
+    input_scale: float = 1.0
+    """Activations are multiplied by this for training; the SAE that is saved reads them as they are."""
 
     def __post_init__(self) -> None:
-        positive = ("l1_coefficient", "lr", "batch_size", "tokens", "store_rows", "dead_after_steps")
+        positive = ("l1_coefficient", "lr", "batch_size", "tokens", "store_rows", "dead_after_steps", "input_scale")
         for name in (*positive, "sampling_window_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, not {getattr(self, name)}")
-        for name in ("lr_warmup_steps", "l1_warmup_steps", "skip_documents"):
+        for name in ("lr_warmup_steps", "l1_warmup_steps", "skip_documents", "resample_every_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, not {getattr(self, name)}")
         if self.loss == "standard" and self.ghost != "off":
             raise ValueError(f"`ghost` must be off with the loss `standard`, not {self.ghost}")
         if self.buffer_batches < 2 or self.buffer_batches % 2:
             raise ValueError(f"`buffer_batches` must be even and at least 2, not {self.buffer_batches}")
+        if self.resample_every_steps == 1:
+            raise ValueError("`resample_every_steps` must be 0 or at least 2: half of them are the window")
 
 
 @dataclass(frozen=True)

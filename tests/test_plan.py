@@ -23,7 +23,7 @@ from saezoo.ranks import Ranks
 from saezoo.registry import package_folder, read_registry
 from saezoo.reproduction import Means, plan
 from saezoo.tokens import builtin
-from saezoo.trainers.plan import _checkpoint, _memory, best_product, flops_per_token
+from saezoo.trainers.plan import _checkpoint, best_product, flops_per_token, memory_of
 from saezoo.trainers.train import Hooks, Job, train
 from saezoo.workflows import Options
 
@@ -82,7 +82,10 @@ def test_the_memory_is_more_than_what_a_run_takes_but_not_much(tmp_path: Path, d
     """The forward passes and the buffer decide the first, the dense steps the second."""
     job, lm = job_of(d_sae, batch_size=batch_size)
     model = sum(parameter.numel() * 4 for parameter in lm.hf_model.parameters())
-    found, wanted = tensors_peak(job, lm, tmp_path), _memory(job.entries, job.recipe, lm, Ranks()) - model
+    found, wanted = (
+        tensors_peak(job, lm, tmp_path),
+        memory_of(job.entries, len(job.entries), job.recipe, lm, Ranks()) - model,
+    )
     assert 0.6 * wanted < found <= wanted
 
 
@@ -112,7 +115,7 @@ def test_a_plan_of_a_small_run(overlay: Path, tiny_model_folder: Path, tmp_path:
     assert needed.dense_seconds > 0
     assert needed.sparse_seconds == 0  # so short a run has no sparse steps
     assert needed.checkpoints == 2 * _checkpoint(job.entries, job.recipe, lm)
-    assert needed.memory == _memory(job.entries, job.recipe, lm, Ranks())
+    assert needed.memory == memory_of(job.entries, len(job.entries), job.recipe, lm, Ranks())
 
 
 def saezoo(*words: object) -> Result:

@@ -74,7 +74,7 @@ def make_plan(
         lm_seconds=lm_seconds,
         dense_seconds=dense * dense_steps,
         sparse_seconds=sparse * (steps - dense_steps),
-        memory=_memory(mine, recipe, lm, ranks),
+        memory=memory_of(mine, len(mine), recipe, lm, ranks),
         checkpoints=2 * _checkpoint(entries, recipe, lm),
         token_cache=2 * tokens,
     )
@@ -140,7 +140,8 @@ def _seconds(action: Callable[[], object]) -> float:
     return min(found)
 
 
-def _weights(entries: Sequence[Entry]) -> int:
+def weights(entries: Sequence[Entry]) -> int:
+    """Numbers in their parameters."""
     return sum(2 * entry.d_in * entry.d_sae + entry.d_sae + entry.d_in for entry in entries)
 
 
@@ -149,18 +150,19 @@ def _half_buffer(n_entries: int, recipe: Recipe, lm: LanguageModel, context: int
     return activations * n_entries * lm.d_model * lm.dtype.itemsize
 
 
-def _memory(mine: Sequence[Entry], recipe: Recipe, lm: LanguageModel, ranks: Ranks) -> int:
+def memory_of(mine: Sequence[Entry], layers: int, recipe: Recipe, lm: LanguageModel, ranks: Ranks) -> int:
+    """Bytes on the device, at most, to train `mine`, which read so many layers."""
     first = mine[0]
     model: int = sum(parameter.numel() * parameter.element_size() for parameter in lm.hf_model.parameters())
-    buffer = 5 * _half_buffer(len(mine), recipe, lm, first.known_context)  # two of them mixed, their mix, and one kept
+    buffer = 5 * _half_buffer(layers, recipe, lm, first.known_context)  # two of them mixed, their mix, and one kept
     # A block of the model holds about four tensors as wide as its hidden layer, 4 D.
     calls = CALLS_AT_ONCE if lm.device.type == "cuda" else 1
     forward = 4 * calls * recipe.store_rows * first.known_context * 4 * lm.d_model * lm.dtype.itemsize
     shared = ranks.size if ranks.shares_features else 1
-    states = (12 * _weights(mine) + 4 * _weights(mine[:1])) // shared  # weights and two moments; one SAE's gradient
+    states = (12 * weights(mine) + 4 * weights(mine[:1])) // shared  # weights and two moments; one SAE's gradient
     dense = 2 * 4 * recipe.batch_size * first.d_sae // shared
     return model + forward + buffer + states + dense
 
 
 def _checkpoint(entries: Sequence[Entry], recipe: Recipe, lm: LanguageModel) -> int:
-    return 12 * _weights(entries) + 2 * _half_buffer(len(entries), recipe, lm, entries[0].known_context)
+    return 12 * weights(entries) + 2 * _half_buffer(len(entries), recipe, lm, entries[0].known_context)

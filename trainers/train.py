@@ -10,11 +10,11 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,20 @@ from saezoo.tokens import TextSource
 from saezoo.trainers import gathering
 from saezoo.trainers.feed import Cursor, Feed, store_calls
 from saezoo.trainers.log import Log, Row
+from saezoo.trainers.resampling import INPUTS, resample
 from saezoo.trainers.trainee import Product, StepLog, Trainee, initial_parameters
+
+RESAMPLINGS = 4
+"""Of a run, as in Bricken et al. 2023."""
+
+
+class Variant(NamedTuple):
+    """What one of several trainings on one stream of activations has of its own."""
+
+    name: str
+    recipe: Recipe
+    d_sae: int | None = None
+    """None: the entry's."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,20 @@ class Job:
     tokens: int
     seed: int
     product: Product = "full"
+    variants: tuple[Variant, ...] = ()
+    """Every entry is trained as each of these instead, from one stream of activations; none of them may differ from
+    `recipe` in what makes the stream (`STREAM`)."""
+
+    @property
+    def members(self) -> list[tuple[Entry, Recipe, str]]:
+        """What is trained: entry, recipe, and its name in log.csv. Variant by variant, in the order of the entries."""
+        if not self.variants:
+            return [(entry, self.recipe, entry.name) for entry in self.entries]
+        return [
+            (replace(entry, d_sae=variant.d_sae or entry.d_sae), variant.recipe, f"{variant.name}:{entry.name}")
+            for variant in self.variants
+            for entry in self.entries
+        ]
 
     def check(self) -> None:
         """Raise UsageError if the budget of tokens does not fill the shuffle buffer once."""
@@ -53,13 +80,14 @@ class Job:
                 f"{self.tokens:,} tokens are fewer than the shuffle buffer's {buffered:,}; give at least as many,"
                 " or a recipe with a smaller buffer"
             )
+        for variant in self.variants:
+            assert all(getattr(variant.recipe, name) == getattr(self.recipe, name) for name in STREAM)
 
     def facts(self) -> dict[str, Any]:
         """What makes one run another than the next, as plain values."""
-        recipe = {key: value for key, value in asdict(self.recipe).items() if key not in ("source", "tokens")}
         first = self.entries[0]
         return {
-            **recipe,
+            **_plain(self.recipe),
             "collection": first.collection,
             "layers": ",".join(entry.name for entry in self.entries),
             "model": first.model_name,
@@ -70,7 +98,15 @@ class Job:
             "tokens": self.tokens,
             "seed": self.seed,
             "product": self.product,
-        }
+        } | ({"variants": [_plain(v.recipe) | {"d_sae": v.d_sae} for v in self.variants]} if self.variants else {})
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in asdict(recipe).items() if key not in ("source", "tokens")}
+
+
+STREAM = ("batch_size", "store_rows", "buffer_batches", "buffer", "skip_documents")
+"""Fields of a recipe that say which activations come in which order."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +173,9 @@ def train(
     """
     hooks = hooks or Hooks()
     job.check()
-    ranks.check(len(job.entries), job.entries[0].d_sae)
+    ranks.check(len(job.members), job.entries[0].d_sae)
+    if ranks.shares_features and any(recipe.resample_every_steps for _, recipe, _ in job.members):
+        raise UsageError("resampling needs all features on one rank; leave --share features out")
     cache = TokenCache(job.source, lm.tokenizer, files.cache_folder("tokens"), hooks.note)
     identity = job.facts() | {
         "model_dtype": str(lm.dtype).removeprefix("torch."),
@@ -150,21 +188,22 @@ def train(
             checkpoint.remove(folder)  # of a run given up
         run, feed = _set_up(job, lm, cache, saved, ranks, hooks)
         run.schedule = schedule or checkpoint.Schedule()
-        log = Log(folder, job.tokens, [entry.name for entry in ranks.entries(job.entries)], run.done, ranks)
+        names = tuple(name for _, _, name in ranks.entries(job.members))
+        log = Log(folder, job.tokens, names, run.done, ranks)
         begin, first, cost = time.monotonic(), run.done, None
         ask, due = Question(ranks), False
         with _StopSignal() as stop:
             while run.done < job.tokens:
                 x_nLD = next(run.buffer)
-                steps = [trainee.step(_layer(x_nLD, i)) for i, trainee in enumerate(run.trainees)]
+                steps = [trainee.step(_input(x_nLD, i, trainee.recipe)) for i, trainee in enumerate(run.trainees)]
                 feed.work_ahead()
+                _resample(job, run, ranks)
                 run.done += len(x_nLD)
                 run.cursor = feed.cursor
 
                 for row in log.rows(run.done, steps, run.trainees):
                     hooks.on_row(row)
                 seconds, trained = time.monotonic() - begin, run.done - first
-                names = tuple(entry.name for entry in ranks.entries(job.entries))
                 hooks.on_step(
                     Progress(
                         run.done, job.tokens, names, steps, run.trainees, seconds, trained, cost, run.schedule.share()
@@ -182,8 +221,20 @@ def train(
         return gathering.whole_trainees(job.recipe, job.product, run.trainees, ranks)
 
 
-def _layer(x_nLD: Tensor, index: int) -> Tensor:
-    return x_nLD[:, index].float().contiguous()
+def _input(x_nLD: Tensor, index: int, recipe: Recipe) -> Tensor:
+    """What the trainee of this number reads: of several variants each has all layers."""
+    x_nD = x_nLD[:, index % x_nLD.shape[1]].float().contiguous()
+    return x_nD if recipe.input_scale == 1 else x_nD * recipe.input_scale
+
+
+def _resample(job: Job, run: _Run, ranks: Ranks) -> None:
+    """Where it is time, let dead features begin anew, from inputs in the shuffle buffer."""
+    for i, ((entry, recipe, _), trainee) in enumerate(zip(ranks.entries(job.members), run.trainees, strict=True)):
+        every = recipe.resample_every_steps
+        if not every or trainee.steps % every or trainee.steps // every > RESAMPLINGS:
+            continue
+        generator = torch.Generator().manual_seed(job.seed * 1009 + entry.layer + 1_000_003 * trainee.steps)
+        resample(trainee, _input(run.buffer.storage[:INPUTS], i, recipe), every // 2, generator)
 
 
 def _set_up(
@@ -217,17 +268,17 @@ def _set_up(
         mode=recipe.buffer,
         permute=lambda n: torch.randperm(n, generator=generator).to(lm.device),
     )
-    mine = ranks.entries(job.entries)
+    mine = ranks.entries(job.members)
     if saved is None:
         size = recipe.buffer_batches * recipe.store_rows * first.known_context
         hooks.note(f"filling the shuffle buffer with {size:,} activations")
         buffer.fill()
-        starts = [_b_dec(recipe, _layer(buffer.storage, i)) for i in range(len(mine))]
+        starts = [_b_dec(member, _input(buffer.storage, i, member)) for i, (_, member, _) in enumerate(mine)]
     else:
         starts = [torch.zeros(first.d_in, device=lm.device) for _ in mine]
     trainees = [
-        new_trainee(entry, recipe, job.product, start, seed=job.seed, ranks=ranks, note=hooks.note)
-        for entry, start in zip(mine, starts, strict=True)
+        new_trainee(entry, member, job.product, start, seed=job.seed, ranks=ranks, note=hooks.note)
+        for (entry, member, _), start in zip(mine, starts, strict=True)
     ]
     run = _Run(trainees, buffer, generator, feed.cursor)
     if saved is not None:
@@ -257,7 +308,8 @@ def new_trainee(
     generator = torch.Generator().manual_seed(seed * 1009 + entry.layer)
     features = ranks.features(entry.d_sae)
     parameters = initial_parameters(entry.d_sae, b_dec_D, generator, recipe.encoder_init, features)
-    if product == "half" and b_dec_D.is_cuda and not ranks.shares_features and find_spec("triton") is not None:
+    fused = product == "half" and b_dec_D.is_cuda and not ranks.shares_features and not recipe.resample_every_steps
+    if fused and find_spec("triton") is not None:
         from saezoo.trainers.fused import FusedTrainee
 
         return FusedTrainee(parameters, recipe, note=note)
@@ -278,11 +330,9 @@ def _save(job: Job, run: _Run, folder: Path, identity: dict[str, Any], ranks: Ra
 
 
 def _refuse_not_finite(job: Job, run: _Run, ranks: Ranks) -> None:
-    for entry, trainee in zip(ranks.entries(job.entries), run.trainees, strict=True):
+    for (_, _, name), trainee in zip(ranks.entries(job.members), run.trainees, strict=True):
         if not all(math.isfinite(float(parameter.sum())) for parameter in trainee.parameters):
-            raise TrainingError(
-                f"layer {entry.name}: weights not finite at {run.done:,} tokens; lower the learning rate"
-            )
+            raise TrainingError(f"layer {name}: weights not finite at {run.done:,} tokens; lower the learning rate")
 
 
 class _StopSignal:

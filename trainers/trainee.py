@@ -233,6 +233,26 @@ class Trainee:
         b_dec_D = grad_BD.sum(0) - self._ranks.add_up(gradients.b_enc_F @ self.W_enc_FD)
         return Pass(losses, gradients, b_dec_D, code.fires_F, out.l0, out.dead, x_hat_BD - x_BD)
 
+    @torch.no_grad()
+    def loss_of_each(self, x_BD: Tensor) -> Tensor:
+        """Reconstruction and L1 of each input [B], as the recipe has them; without ghosts."""
+        f_BF = torch.addmm(self.b_enc_F, x_BD - self.b_dec_D, self.W_enc_FD.T).relu_()
+        e2_B = (torch.addmm(self.b_dec_D, f_BF, self.W_dec_FD) - x_BD).square().sum(1)
+        if self.recipe.loss == "standard":
+            loss_B: Tensor = e2_B + self.recipe.l1_coefficient * (f_BF @ self.W_dec_FD.norm(dim=1))
+            return loss_B
+        mse_B = e2_B / (x_BD.shape[1] * x_BD.norm(dim=1)).clamp(min=torch.finfo(x_BD.dtype).tiny)
+        loss_B = mse_B + self.recipe.l1_coefficient * f_BF.sum(1)
+        return loss_B
+
+    @torch.no_grad()
+    def forget(self, features_S: Tensor) -> None:
+        """Begin these features anew: their moments and how long they have not fired become 0."""
+        for tensor in (self.W_enc_FD, self.b_enc_F, self.W_dec_FD):
+            for moment in _MOMENTS:
+                self.adam.state[tensor][moment][features_S] = 0
+        self.since_fired_F[features_S] = 0
+
     def _add_up(self, code: Code, l1_F: Tensor, ghosts: _Ghosts | None, dead_F: Tensor) -> _Output:
         """What all features give together; if ranks share them, added up in one all-reduce."""
         x_hat_BD, l1 = code.decode(self.W_dec_FD), l1_F @ code.sums_F
