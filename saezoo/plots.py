@@ -70,7 +70,7 @@ def save_plots(results: Sequence[Result], folder: Path) -> list[Path]:
         for name, draw in pictures.items():
             figure = draw(results)
             paths += [folder / f"{name}.png", folder / f"{name}.svg"]
-            _save(figure, *paths[-2:])
+            save(figure, *paths[-2:])
     return paths
 
 
@@ -275,8 +275,8 @@ def _name(figure: Figure, axis: Axes, points: Sequence[tuple[float, float, str]]
         taken.append(box)
 
 
-def _save(figure: Figure, png: Path, svg: Path) -> None:
-    """Write both, each a third to a half as long as matplotlib makes it."""
+def save(figure: Figure, png: Path, svg: Path) -> None:
+    """Write a figure to both, each a third to a half as long as matplotlib makes it."""
     from PIL import Image  # matplotlib needs it too
 
     dots, lines = io.BytesIO(), io.StringIO()

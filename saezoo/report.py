@@ -94,7 +94,7 @@ def write_report(folder: Path, title: str, facts: Mapping[str, str], results: Se
 
     log = _read_log(folder / "log.csv")
     about = [(literal(key), literal(value)) for key, value in facts.items()]
-    parts = [f"# {literal(title)}", _table(("run", ""), about), *_measurements(results)]
+    parts = [f"# {literal(title)}", markdown_table(("run", ""), about), *_measurements(results)]
     # The user's own matplotlib settings (TeX, sizes) would make another picture than the one that was looked at.
     with style.context("default"):
         if curves := [curve for curve in _CURVES if _finite(log, curve.column)]:
@@ -144,7 +144,9 @@ def _measurements(results: Sequence[Result]) -> list[str]:
         header = ("metric", "measured [95 % interval]", "published", "the published value lies")
         rows = [(literal(label), *_compared(result, metric)) for metric, label in _shown(result).items()]
         parts.append(f"### Layer {literal(result.layer)}")
-        parts.append(_table(header, rows) if published else _table(header[:2], [row[:2] for row in rows]))
+        parts.append(
+            markdown_table(header, rows) if published else markdown_table(header[:2], [row[:2] for row in rows])
+        )
     return parts
 
 
@@ -181,7 +183,7 @@ def _rounded(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; foreign text in it must be `literal` already."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

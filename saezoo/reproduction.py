@@ -88,8 +88,7 @@ def reproduce(
         resume: go on from the last whole checkpoint in `out`. Under `torchrun --max-restarts`, where the same command
             starts the run and goes on with it, also start if there is nothing to go on from.
         eval_tokens: tokens of the final evaluation.
-        on_step: called after each step.
-        on_eval: progress of the final evaluation.
+        on_step, on_eval: called after each step; called with the progress of the final evaluation.
         means: precision, division among ranks, where to log.
         options: text, device, seed and so on.
 
@@ -99,13 +98,13 @@ def reproduce(
     ranks, device = join(options.device, means.share)
     options = dataclasses.replace(options, device=device)
     try:
-        job, recipe_name = _job(name, layers, tokens, recipe, means, options)
+        job, recipe_name = job_of(name, layers, tokens, recipe, means, options)
         ranks.check(len(job.entries), job.entries[0].d_sae)
         if ranks.rank == 0:
             _check_folder(out, resume)  # before the model is, perhaps, downloaded
-        lm = _language_model(job, means, options)
+        lm = language_model(job, means, options)
         if ranks.rank == 0:
-            rows = _unseen_rows(job, lm, eval_tokens)  # now, so that text that cannot be read is noticed
+            rows = unseen_rows(job, lm, eval_tokens)  # now, so that text that cannot be read is noticed
         peak = matrix_peak(lm.device, job.product)
         begin = time.monotonic()
         resume = resume and not (may_be_restarted() and _holds_nothing(out))
@@ -113,9 +112,10 @@ def reproduce(
         leave()  # all at the same time, not one after the other's evaluation
         if ranks.rank > 0:
             return []
-        saes = [_finished(entry, trainee, out) for entry, trainee in zip(job.entries, trainees, strict=True)]
+        saes = list(map(trained, job.entries, trainees))
+        save(saes, out)
         facts = run | {"wall time": f"{time.monotonic() - begin:,.0f} s, before the evaluation"}
-        results = _measure(saes, job, lm, *rows, on_eval, options)
+        results = measure(saes, job.entries, job, lm, *rows, on_eval, options)
         _describe(job, recipe_name, out, results, facts)
         checkpoint.remove(out)  # not before: an evaluation that was interrupted can be come back to
         return results
@@ -136,12 +136,12 @@ def plan(
     means, options = means or Means(), options or Options()
     if started_together() > 1:
         raise UsageError("--plan measures one process; run it without torchrun")
-    job, _ = _job(name, layers, tokens, recipe, means, options)
-    lm = _language_model(job, means, options)
+    job, _ = job_of(name, layers, tokens, recipe, means, options)
+    lm = language_model(job, means, options)
     return job, make_plan(job.entries, job.recipe, job.tokens, lm, job.product, Ranks())
 
 
-def _job(
+def job_of(
     name: str, layers: str | int, tokens: int | None, recipe: str | None, means: Means, options: Options
 ) -> tuple[Job, str]:
     """The job, and its recipe's name."""
@@ -163,7 +163,8 @@ def _job(
     return job, recipe or str(first.recipe_name)
 
 
-def _language_model(job: Job, means: Means, options: Options) -> LanguageModel:
+def language_model(job: Job, means: Means, options: Options) -> LanguageModel:
+    """The one that the entries read; UsageError if they do not fit it."""
     half = means.model_dtype == "bfloat16" or (means.model_dtype == "auto" and options.device.startswith("cuda"))
     folder = fetch_model(job.entries[0].model, options)
     lm = load_language_model(folder, device=options.device, dtype=torch.bfloat16 if half else torch.float32)
@@ -260,8 +261,8 @@ def _machine(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _finished(entry: Entry, trainee: Trainee, out: Path) -> SAE:
-    """The trained SAE, saved in the published layout under `out`/hook."""
+def trained(entry: Entry, trainee: Trainee) -> SAE:
+    """The trained SAE, for activations as they are: f(c x) / c is that of b_enc / c and b_dec / c."""
     config = SAEConfig(
         d_in=entry.d_in,
         d_sae=entry.d_sae,
@@ -273,12 +274,18 @@ def _finished(entry: Entry, trainee: Trainee, out: Path) -> SAE:
         apply_b_dec_to_input=True,
     )
     tensors = {key: tensor.contiguous() for key, tensor in zip(PARAMETERS["relu"], trainee.parameters, strict=True)}
-    sae = SAE(config, tensors, trainee.log_sparsity_F)
-    sae.save(out / entry.hook)
-    return sae
+    for key in ("b_enc", "b_dec"):
+        tensors[key] = tensors[key] / trainee.recipe.input_scale
+    return SAE(config, tensors, trainee.log_sparsity_F)
 
 
-def _unseen_rows(job: Job, lm: LanguageModel, eval_tokens: int) -> tuple[str, text.Rows]:
+def save(saes: Sequence[SAE], out: Path) -> None:
+    """In the published layout, each under `out`/hook."""
+    for sae in saes:
+        sae.save(out / str(sae.config.hook))
+
+
+def unseen_rows(job: Job, lm: LanguageModel, eval_tokens: int) -> tuple[str, text.Rows]:
     """What the result will be measured on: files of the data set that training never reads, if the registry names
     some, else the bundled held-out text."""
     first, dataset = job.entries[0], job.source.dataset
@@ -291,8 +298,9 @@ def _unseen_rows(job: Job, lm: LanguageModel, eval_tokens: int) -> tuple[str, te
     return source.name, text.collect(found, tokens=eval_tokens, context=context, source=source.name)
 
 
-def _measure(
-    saes: list[SAE],
+def measure(
+    saes: Sequence[SAE],
+    entries: Sequence[Entry],
     job: Job,
     lm: LanguageModel,
     source_name: str,
@@ -306,8 +314,7 @@ def _measure(
         lm = load_language_model(fetch_model(first.model, options), device=options.device)
     total = len(rows) * first.known_context
     subjects = [
-        Subject(sae, entry.collection, entry.name, entry.published)
-        for sae, entry in zip(saes, job.entries, strict=True)
+        Subject(sae, entry.collection, entry.name, entry.published) for sae, entry in zip(saes, entries, strict=True)
     ]
     try:
         return run_evals(
