@@ -25,6 +25,7 @@ from saezoo.loading import load
 from saezoo.registry import Registry, read_registry
 
 if TYPE_CHECKING:
+    from saezoo.ablation.run import ablate
     from saezoo.reproduction import reproduce
     from saezoo.sae import SAE
     from saezoo.sae_config import SAEConfig
@@ -47,6 +48,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "WeightsError",
+    "ablate",
     "evaluate",
     "load",
     "load_session",
@@ -60,6 +62,7 @@ _NEED_TORCH = {
     "SAEConfig": "saezoo.sae_config",
     "Options": "saezoo.workflows",
     "Session": "saezoo.workflows",
+    "ablate": "saezoo.ablation.run",
     "evaluate": "saezoo.workflows",
     "load_session": "saezoo.workflows",
     "reproduce": "saezoo.reproduction",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from saezoo.ablation.plan import StudyPlan
+from saezoo.ablation.study import Study
 from saezoo.live import LayerStatus, TrainingStatus, TrainingView, duration
 from saezoo.reproduction import Seen
 from saezoo.trainers.plan import Plan
 from saezoo.trainers.train import Job, Progress
 from saezoo.trainers.trainee import StepLog, Trainee
+from saezoo.transfers import size_words
 
 _EVERY = 0.5
 """Seconds between two pictures: reading the numbers makes a GPU wait."""
@@ -95,6 +98,27 @@ def plan_table(job: Job, plan: Plan) -> Any:
         "expected time": f"{duration(plan.seconds)}: language model {duration(plan.lm_seconds)},"
         f" dense steps {duration(plan.dense_seconds)}, sparse steps {duration(plan.sparse_seconds)};"
         " tokenising and the evaluation come on top",
+    }
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return table
+
+
+def study_plan_table(study: Study, plan: StudyPlan) -> Any:
+    """A rich table of what a study needs."""
+    from rich.table import Table
+
+    table = Table(title=f"{study.job.entries[0].collection} {study.job.facts()['layers']}", show_header=False)
+    rows = {
+        "cells": f"{plan.cells:,} of {len(study.cells):,} left to train: {plan.saes:,} SAEs",
+        "streams": f"{plan.streams:,}, each one pass of the language model over {study.job.tokens:,} tokens"
+        f" of {study.job.source.name}",
+        "hours": f"{plan.hours:,.2f} on one device like this: language model {duration(plan.lm_seconds)},"
+        f" SAEs {duration(plan.step_seconds)}; tokenising and the evaluations come on top",
+        "hours with ranks": ", ".join(f"{n}: {plan.hours / n:,.2f}" for n in (2, 4, 8))
+        + " if torchrun's ranks each have such a device",
+        "memory": f"{plan.memory / 1e9:,.1f} GB on the device, at most",
+        "disk": size_words(plan.disk),
     }
     for key, value in rows.items():
         table.add_row(key, value)

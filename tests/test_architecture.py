@@ -15,14 +15,13 @@ import pytest
 
 import saezoo
 
+PARTS = ("ablation", "evals", "features", "trainers")
 PACKAGE = Path(saezoo.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.glob("*.py")
 }
-MODULES |= {
-    f"{part}.{path.stem}": path for part in ("trainers", "evals", "features") for path in (PACKAGE / part).glob("*.py")
-}
+MODULES |= {f"{part}.{path.stem}": path for part in PARTS for path in (PACKAGE / part).glob("*.py")}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 LAYERS = [
     "errors",
@@ -41,8 +40,9 @@ LAYERS = [
     "workflows feature_view",
     "gathered",
     "reproduction verification comparison dashboard terminal",
+    "ablation",
     "watching cli_common",
-    "cli_evals cli_features cli_zoo cli_sharing",
+    "cli_evals cli_features cli_training cli_zoo cli_sharing",
     "cli",
     "__main__ __init__",
 ]
@@ -54,7 +54,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def imported(tree: ast.Module) -> Iterator[str]:
     """Modules of saezoo that `tree` imports anywhere, also inside functions: `trainers.codes`, or `evals.Subject`."""
-    packages = ("saezoo", "saezoo.trainers", "saezoo.evals", "saezoo.features")
+    packages = ("saezoo", *(f"saezoo.{part}" for part in PARTS))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -86,12 +86,12 @@ def test_imports_only_go_down(name: str) -> None:
     part = name.split(".")[0]
     for other in imported(TREES[name]):
         theirs = other.split(".")[0]
-        own = part == theirs and part in ("trainers", "evals", "features")
+        own = part == theirs and part in PARTS
         assert own or RANK[theirs] < RANK[part], f"{name} may not import saezoo.{other}"
 
 
 def test_there_are_no_circles() -> None:
-    """Inside trainers/, evals/ and features/ the order is free, but there is one."""
+    """Inside ablation/, evals/, features/ and trainers/ the order is free, but there is one."""
     needs = {name: set(imported(tree)) & set(MODULES) for name, tree in TREES.items()}
     assert set(graphlib.TopologicalSorter(needs).static_order()) == set(MODULES)
 
@@ -115,9 +115,9 @@ def test_the_page_names_every_module() -> None:
 
 
 LIGHT = (
-    "cli cli_zoo cli_features cli_sharing model_card __init__ loading hub download lock cache transfers registry files"
+    "cli cli_training cli_zoo cli_features cli_sharing model_card __init__ loading hub download lock cache transfers"
 )
-LIGHT += " results report live sae_config"
+LIGHT += " registry files results report live sae_config"
 
 
 @pytest.mark.parametrize("name", LIGHT.split())

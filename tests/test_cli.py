@@ -40,6 +40,10 @@ OPTIONS = {
     "compare": "--tokens --threshold --model --dtype --csv --json --text --dataset --device --seed --offline",
     "reproduce": "--tokens --out --recipe --resume --plan --eval-tokens --product --model-dtype --share --tensorboard"
     " --wandb --text --dataset --device --seed --offline",
+    "ablate": "--vary --seeds --out --tokens --recipe --resume --plan --hours --eval-tokens --product --model-dtype"
+    " --text --dataset --device --seed --offline",
+    "sweep": "--l1 --lr --seeds --out --tokens --recipe --resume --plan --hours --eval-tokens --product --model-dtype"
+    " --text --dataset --device --seed --offline",
     "dashboard": "--out --features --batches --neuronpedia --release --evaluate --serve --tokens --model --layout"
     " --dtype --batch-size --resume --text --dataset --device --seed --offline",
     "features": "--csv --sort --top --tokens --model --layout --dtype --batch-size --resume --text --dataset --device"
@@ -56,8 +60,8 @@ METRICS = (
     "ce_clean ce_sae ce_zero ce_mean ce_unigram ce_delta ce_score ce_score_mean ce_score_unigram kl_sae kl_zero"
     " kl_score explained_variance explained_variance_uncentred mse cosine norm_in norm_out norm_ratio l0 l1"
     " alive_fraction dead dense_100 dense_10 unseen_density gm_distance_b_dec gm_distance_b_dec_relative"
-    " gm_distance_mean gm_distance_mean_relative gm_spread gm_sample decoder_norm decoder_norm_min decoder_norm_max"
-    " encoder_norm encoder_decoder_cosine"
+    " gm_distance_mean gm_distance_mean_relative mean_distance_b_dec gm_spread gm_sample decoder_norm decoder_norm_min"
+    " decoder_norm_max encoder_norm encoder_decoder_cosine"
 )
 
 
@@ -147,6 +151,8 @@ def test_help_names_every_command() -> None:
         "verify",
         "compare",
         "reproduce",
+        "ablate",
+        "sweep",
         "dashboard",
         "features",
         "feature",
@@ -213,7 +219,7 @@ def test_info_json() -> None:
         (["lst"], "no command `lst`; did you mean `list`?"),
         (
             ["zzzz"],
-            "no command `zzzz`; commands: list, info, get, convert, cache, eval, verify, compare, reproduce, dashboard",
+            "no command `zzzz`; commands: list, info, get, convert, cache, eval, verify, compare, reproduce, ablate",
         ),
         (["--registry", "absent.yaml", "list"], "no registry file absent.yaml"),
         (["info", "gpt2-smal-res", "0"], "no collection `gpt2-smal-res`; did you mean `gpt2-small-res`?"),
