@@ -23,6 +23,9 @@ timeout 120 python3 benchmarks/train_step.py --device cuda --steps 20 --csv "$re
 step "layer 10, then all twelve, at real shape"
 timeout 200 python3 benchmarks/gpu_run.py --csv "$results/gpu_run.csv" || status=1
 
+step "cells side by side against one after the other"
+timeout 90 python3 benchmarks/ablate.py --device cuda --tokens 1000000 --csv "$results/ablate.csv" || status=1
+
 step "reproduce tiny-res on the GPU: Ctrl-C, resume"
 run=$(mktemp -d)/run
 timeout --signal=INT 25 python3 -m saezoo reproduce tiny-res all --device cuda --out "$run" --offline
