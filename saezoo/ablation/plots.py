@@ -117,6 +117,8 @@ def _dead(study: Study, cells: Sequence[Cell], out: Path) -> Figure:
         axis.set_xlabel("training tokens")
         axis.set_ylabel("dead features")
         axis.xaxis.set_major_formatter(_engineering())
+    highest = max(axis.dataLim.ymax for axis in axes)
+    axes[0].set_ylim(-0.02 * max(highest, 1), 1.05 * max(highest, 1))
     _legend(figure, axes[0])
     return figure
 
