@@ -69,7 +69,7 @@ def test_what_a_study_leaves(finished: tuple[Path, Result]) -> None:
     study, result = finished
     assert sorted(path.name for path in (study / "cells").iterdir()) == sorted(CELLS)
     pictures = [f"{name}.{kind}" for name in ("dead", "density", "frontier") for kind in ("png", "svg")]
-    files = ["cells", "effects.csv", "report.md", "results.csv", "study.json", "variants.csv", *pictures]
+    files = [".lock", "cells", "effects.csv", "report.md", "results.csv", "study.json", "variants.csv", *pictures]
     assert sorted(path.name for path in study.iterdir()) == sorted(files)
     assert result.stdout.endswith(f"{study}\n") and "b_dec=zero" in result.stdout
     assert "100" not in result.stderr and f"report: {study / 'report.md'}" in result.stderr
@@ -238,6 +238,22 @@ def wait_for_training(place: Path, process: subprocess.Popen[str]) -> None:
         return any(log.stat().st_mtime > began for log in (place / "study").glob("streams/*/log.csv"))
 
     wait_for(lambda: process.poll() is not None or logs())
+
+
+def test_two_processes_in_one_folder(place: Path) -> None:
+    """The second is refused, and takes nothing from the first."""
+    process = start(words(place, *VARY, "--tokens", "40000"))
+    wait_for_training(place, process)
+    log = next((place / "study").glob("streams/*/log.csv"))
+    wait_for(lambda: log.read_text().count("\n") > 20)
+    before = log.read_text()
+    result = run(place, *VARY, "--tokens", "40000", "--resume")
+    assert process.poll() is None, "else this tests nothing"
+    assert result.exit_code == 1
+    assert f"another process is at work in {place / 'study'}; wait for it, or choose another --out" in result.stderr
+    assert log.read_text().startswith(before)
+    process.kill()
+    process.communicate()
 
 
 def test_ctrl_c_says_how_to_go_on(place: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from saezoo.ablation.grid import Cell
 from saezoo.ablation.study import (
     SEEDS,
     Study,
+    alone_in,
     check_disk,
     check_folder,
     holds_nothing,
@@ -94,34 +97,43 @@ def ablate(
     Under torchrun the streams are divided among the ranks, which need one file system; rank 0 gets the rows, when all
     cells are complete, the others get none.
     Raises UsageError for a factor or level that is none, and for too little disk; TrainingError for a folder of another
-    study, and if stopped by a signal (after a checkpoint).
+    study or one in which another process is at work, and if stopped by a signal (after a checkpoint).
     """
     means, options = means or Means(), options or Options()
     chosen: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "recipe": recipe, "eval_tokens": eval_tokens}
     study = plan_study(name, layers, vary=vary, means=means, options=options, **chosen)
+    with _place(study, out, resume, options) as (ranks, options):
+        groups = study.streams(ranks.size)[ranks.rank :: ranks.size]
+        mine = [cells for group in groups if (cells := _left(out, group))]
+        if mine:
+            lm = reproduction.language_model(study.job, means, options)
+            rows = reproduction.unseen_rows(study.job, lm, eval_tokens)
+            for number, cells in enumerate(mine, 1):
+                _run(study, cells, lm, rows, out, _watch(on_step, number, len(mine), len(cells)), options)
+        if ranks.rank > 0:
+            return study, []
+        while incomplete(out, study.cells):
+            time.sleep(_POLL)  # torchrun ends this rank too when another fails
+        shutil.rmtree(out / "streams", ignore_errors=True)
+        return study, measured(study, out)
+
+
+@contextmanager
+def _place(study: Study, out: Path, resume: bool, options: Options) -> Iterator[tuple[Ranks, Options]]:
+    """This process's place under torchrun, and its options; rank 0 has checked the folder, and has it to itself."""
     ranks, device = join(options.device, "entries")
     note = options.note if ranks.rank == 0 else lambda message: None
-    options = dataclasses.replace(options, device=device, note=note)
-    try:
-        if ranks.rank == 0:
-            check_disk(study, out)
-            check_folder(out, study, resume and not (may_be_restarted() and holds_nothing(out)))
-        ranks.wait()  # until the folder is there
-        ranks.check_same(study.facts())
-    finally:
-        leave()  # from here on each works on its own
-    mine = [cells for group in study.streams(ranks.size)[ranks.rank :: ranks.size] if (cells := _left(out, group))]
-    if mine:
-        lm = reproduction.language_model(study.job, means, options)
-        rows = reproduction.unseen_rows(study.job, lm, eval_tokens)
-        for number, cells in enumerate(mine, 1):
-            _run(study, cells, lm, rows, out, _watch(on_step, number, len(mine), len(cells)), options)
-    if ranks.rank > 0:
-        return study, []
-    while incomplete(out, study.cells):
-        time.sleep(_POLL)  # torchrun ends this rank too when another fails
-    shutil.rmtree(out / "streams", ignore_errors=True)
-    return study, measured(study, out)
+    with contextlib.ExitStack() as held:
+        try:
+            if ranks.rank == 0:
+                check_disk(study, out)
+                check_folder(out, study, resume and not (may_be_restarted() and holds_nothing(out)))
+                held.enter_context(alone_in(out))
+            ranks.wait()  # until the folder is there
+            ranks.check_same(study.facts())
+        finally:
+            leave()  # from here on each works on its own
+        yield ranks, dataclasses.replace(options, device=device, note=note)
 
 
 def _left(out: Path, cells: list[Cell]) -> list[Cell]:

@@ -10,15 +10,19 @@ The folder:
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from saezoo import files, reproduction
 from saezoo import results as forms
@@ -144,8 +148,6 @@ def check_folder(out: Path, study: Study, resume: bool) -> None:
         return
     if not known.is_file():
         raise TrainingError(f"nothing to resume: {out} holds no study")
-    for half in out.glob("cells/.*"):  # of a process that was killed while it wrote a cell
-        shutil.rmtree(half, ignore_errors=True)
     try:
         theirs = dict(json.loads(known.read_text(encoding="utf-8")))
     except ValueError:
@@ -155,6 +157,22 @@ def check_folder(out: Path, study: Study, resume: bool) -> None:
             raise TrainingError(
                 f"{out} is another study: its {key} is {theirs.get(key)}, now {facts.get(key)}; choose another --out"
             )
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Have the study's folder to oneself, and clear away the half-written cells of a process that was killed; for as
+    long as this process lives. TrainingError if another one has it: two would cut each other's logs."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(filelock.FileLock(out / ".lock", timeout=0))
+        except filelock.Timeout:
+            raise TrainingError(f"another process is at work in {out}; wait for it, or choose another --out") from None
+        except (OSError, NotImplementedError):
+            pass  # a file system without locks
+        for half in out.glob("cells/.*"):
+            shutil.rmtree(half, ignore_errors=True)
+        yield
 
 
 def holds_nothing(out: Path) -> bool:
