@@ -131,7 +131,9 @@ def _study_options(command: Callable[..., None]) -> Callable[..., None]:
 def ablate_command(
     registry: Path | None, /, collection: str, layers: str, vary: tuple[str, ...], out: Path | None, **settings: Any
 ) -> None:
-    """Train every combination of some choices, several seeds of each; say what differs.
+    """Train every combination of some choices; say what differs.
+
+    Several seeds of each, which count up from --seed; intervals are over them.
 
     \b
     Factors: ghost=off,bug,fixed    warmup=STEPS       b_dec=zero,mean,geometric_median
@@ -162,9 +164,9 @@ def sweep_command(
     out: Path | None,
     **settings: Any,
 ) -> None:
-    """Train with several L1 coefficients and learning rates; draw ΔCE against L0.
+    """Train with several L1 coefficients and learning rates.
 
-    The same as ablate --vary l1=… --vary lr=… .
+    Draws ΔCE against L0. The same as ablate --vary l1=… --vary lr=… .
     """
     vary = [f"{name}={levels}" for name, levels in (("l1", l1), ("lr", lr)) if levels is not None]
     if not vary:
@@ -186,8 +188,7 @@ def _run_study(
 ) -> None:
     from saezoo import reproduction, watching, workflows
     from saezoo.ablation import plan as plans
-    from saezoo.ablation import report as reports
-    from saezoo.ablation import run, study
+    from saezoo.ablation import report, run, study
 
     means = reproduction.Means(**{key: settings.pop(key) for key in ("product", "model_dtype")})
     chosen = {key: settings.pop(key) for key in ("tokens", "recipe", "seeds", "eval_tokens")}
@@ -216,7 +217,6 @@ def _run_study(
             **chosen,
         )
     if rows:  # only one of several ranks has them
-        report = reports.write_study_report(found, rows, out)
-        terminal.print_table(*reports.study_tables(found, rows))
-        terminal.note(f"report: {report}")
+        terminal.print_table(*report.study_tables(found, rows))
+        terminal.note(f"report: {out / 'report.md'}")
         click.echo(out)

@@ -39,8 +39,8 @@ _PICTURES = {
 }
 
 
-def write_study_report(study: Study, rows: Sequence[Row], out: Path) -> Path:
-    """Write everything that is made from the cells into the study's folder; returns the path of report.md.
+def write_study_report(study: Study, rows: Sequence[Row], out: Path) -> None:
+    """Write everything that is made from the cells into the study's folder.
 
     results.csv has a row for each SAE, variants.csv for each variant, layer and metric, effects.csv for each level that
     is compared with the first of its factor.
@@ -62,7 +62,6 @@ def write_study_report(study: Study, rows: Sequence[Row], out: Path) -> Path:
     for name in pictures:
         parts += [f"![{name}]({name}.png)", _PICTURES[name]]
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
-    return out / "report.md"
 
 
 def study_tables(study: Study, rows: Sequence[Row]) -> list[Table]:

@@ -19,6 +19,7 @@ from saezoo import checkpoint, files, reproduction
 from saezoo import results as forms
 from saezoo.ablation.effects import Row
 from saezoo.ablation.grid import Cell
+from saezoo.ablation.report import write_study_report
 from saezoo.ablation.study import (
     SEEDS,
     Study,
@@ -92,7 +93,9 @@ def ablate(
         tokens, recipe, eval_tokens, means, options: as for `reproduce`.
         resume: go on; cells that are complete are not run again. Under `torchrun --max-restarts`, where the same
             command starts the study and goes on with it, also start if there is nothing to go on with.
-        on_step: called after each step.
+        on_step: called after each step, on rank 0.
+
+    `out` then holds results.csv, variants.csv, effects.csv, report.md and its pictures (docs/ablation.md).
 
     Under torchrun the streams are divided among the ranks, which need one file system; rank 0 gets the rows, when all
     cells are complete, the others get none.
@@ -109,13 +112,16 @@ def ablate(
             lm = reproduction.language_model(study.job, means, options)
             rows = reproduction.unseen_rows(study.job, lm, eval_tokens)
             for number, cells in enumerate(mine, 1):
-                _run(study, cells, lm, rows, out, _watch(on_step, number, len(mine), len(cells)), options)
+                seen = _watch(on_step if ranks.rank == 0 else _ignore, number, len(mine), len(cells))
+                _run(study, cells, lm, rows, out, seen, options)
         if ranks.rank > 0:
             return study, []
         while incomplete(out, study.cells):
             time.sleep(_POLL)  # torchrun ends this rank too when another fails
         shutil.rmtree(out / "streams", ignore_errors=True)
-        return study, measured(study, out)
+        results = measured(study, out)
+        write_study_report(study, results, out)
+        return study, results
 
 
 @contextmanager
@@ -145,6 +151,10 @@ def _left(out: Path, cells: list[Cell]) -> list[Cell]:
 def _folder_of(out: Path, cells: list[Cell]) -> Path:
     """Of cells that are being trained side by side."""
     return out / "streams" / f"{cells[0].name}+{len(cells) - 1}"
+
+
+def _ignore(seen: Seen) -> None:
+    """One of several ranks shows enough."""
 
 
 def _watch(on_step: Callable[[Seen], None], stream: int, streams: int, cells: int) -> Callable[[Progress], None]:
