@@ -86,6 +86,8 @@ def _density(study: Study, cells: Sequence[Cell], out: Path) -> Figure:
         axis.set_title(literal(name.replace(" ", "\n")), fontsize=8)
         axis.set_xticks([-7, -6, -4, -2, 0], ["never", "-6", "-4", "-2", "0"], fontsize=7)
         axis.tick_params(axis="y", labelsize=7)
+    for axis in axes[-6:]:
+        axis.tick_params(labelbottom=True)  # the lowest of each column, also where the last row is short
     figure.supxlabel("log10 of the fraction of tokens on which a feature fires; shaded: above 1/100", fontsize=9)
     figure.supylabel("features", fontsize=9)
     return figure
