@@ -7,6 +7,7 @@
     ├── WeightsError         a file of weights is corrupt, of another shape, or of an unsupported kind
     ├── TextError            the text or data set cannot be read, or is too short
     ├── TrainingError        a run cannot start, resume or go on
+    │   └── DivergedError    because the loss or the weights of one SAE have left all bounds
     ├── VerificationError    a published value is not reproduced
     └── UsageError           exit code 2: the request itself is wrong (unknown name, bad range)
 
@@ -44,6 +45,15 @@ class TextError(SaezooError):
 
 class TrainingError(SaezooError):
     """A training run cannot start, resume or go on."""
+
+
+class DivergedError(TrainingError):
+    """The loss or the weights of one SAE in training have left all bounds."""
+
+    def __init__(self, name: str, what: str) -> None:
+        """`name`: of the SAE, as in log.csv."""
+        super().__init__(f"layer {name}: {what}; lower the learning rate")
+        self.name = name
 
 
 class VerificationError(SaezooError):

@@ -300,9 +300,26 @@ def test_the_buffer_is_a_stream_of_its_own(place: Path) -> None:
     assert bug != fixed
 
 
-def test_a_loss_that_explodes_names_its_variant(place: Path) -> None:
+def test_a_cell_that_diverges_is_left_out(place: Path) -> None:
+    """The others are what they are without it; it is in the report, and not tried again."""
+    assert run(place, "--lr", "1e-3", command="sweep", out="without").exit_code == 0
     result = run(place, "--lr", "1e-3,1e5", command="sweep")
-    assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith("Error: layer lr=1e5:0: the loss ")
+    assert result.exit_code == 0, result.output
+    assert "layer lr=1e5:0: the loss " in result.stderr and "begin again without it" in result.stderr
+    cells = place / "study" / "cells"
+    assert sorted(path.name for path in (cells / "lr-1e5,seed-0").iterdir()) == ["log.csv", "run.json"]
+    name = "lr-1e-3,seed-0/blocks.1.hook_resid_pre/sae_weights.safetensors"
+    assert (cells / name).read_bytes() == (place / "without" / "cells" / name).read_bytes()
+    assert {row["lr"] for row in rows(place / "study" / "results.csv")} == {"1e-3"}
+    assert "Diverged, and left out: seed 0, layer lr=1e5:0: the loss " in (place / "study" / "report.md").read_text()
+    again = run(place, "--lr", "1e-3,1e5", "--resume", command="sweep")
+    assert again.exit_code == 0 and "begin again" not in again.stderr
+
+
+def test_every_cell_diverges(place: Path) -> None:
+    result = run(place, "--lr", "1e5", command="sweep")
+    assert result.exit_code == 1
+    assert "Error: every cell has diverged; layer lr=1e5:0: the loss " in result.stderr.splitlines()[-1]
 
 
 def test_sweep(place: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from saezoo import files
-from saezoo.errors import TrainingError
+from saezoo.errors import DivergedError
 from saezoo.ranks import Ranks
 from saezoo.spreadsheets import inert_rows
 from saezoo.trainers.trainee import StepLog, Trainee
@@ -66,7 +66,7 @@ class Log:
     def rows(self, done: int, steps: Sequence[StepLog], trainees: Sequence[Trainee]) -> list[Row]:
         """Write and return the rows of the step that ended at `done` tokens, of all ranks, if any are due.
 
-        Raises TrainingError if a loss is not finite or has exploded.
+        Raises DivergedError if a loss is not finite or has exploded.
         """
         due = done // self._interval > self._last // self._interval or self._last == 0 or done >= self._total
         self._last = done
@@ -96,10 +96,7 @@ class Log:
 
     def _watch(self, name: str, loss: float, done: int) -> None:
         if not math.isfinite(loss):
-            raise TrainingError(f"layer {name}: the loss is {loss} at {done:,} tokens; lower the learning rate")
+            raise DivergedError(name, f"the loss is {loss} at {done:,} tokens")
         lowest = self._lowest[name] = min(loss, self._lowest[name])
         if loss > _EXPLODED * lowest:
-            raise TrainingError(
-                f"layer {name}: the loss has exploded from {lowest:.4g} to {loss:.4g} at {done:,} tokens;"
-                " lower the learning rate"
-            )
+            raise DivergedError(name, f"the loss has exploded from {lowest:.4g} to {loss:.4g} at {done:,} tokens")

@@ -22,7 +22,7 @@ from torch import Tensor
 from saezoo import checkpoint, files
 from saezoo.activations import ActivationBuffer
 from saezoo.entries import Entry, Recipe
-from saezoo.errors import TrainingError, UsageError
+from saezoo.errors import DivergedError, TrainingError, UsageError
 from saezoo.geometric_median import geometric_median
 from saezoo.lm import LanguageModel, depth_of
 from saezoo.ranks import Question, Ranks
@@ -332,7 +332,7 @@ def _save(job: Job, run: _Run, folder: Path, identity: dict[str, Any], ranks: Ra
 def _refuse_not_finite(job: Job, run: _Run, ranks: Ranks) -> None:
     for (_, _, name), trainee in zip(ranks.entries(job.members), run.trainees, strict=True):
         if not all(math.isfinite(float(parameter.sum())) for parameter in trainee.parameters):
-            raise TrainingError(f"layer {name}: weights not finite at {run.done:,} tokens; lower the learning rate")
+            raise DivergedError(name, f"weights not finite at {run.done:,} tokens")
 
 
 class _StopSignal:

@@ -13,7 +13,7 @@ from saezoo.ablation import effects
 from saezoo.ablation.claims import answers, in_words, spread
 from saezoo.ablation.effects import ALL, Effect, Row
 from saezoo.ablation.plots import save_study_plots, short_name
-from saezoo.ablation.study import METRICS, Study
+from saezoo.ablation.study import METRICS, Study, failures
 from saezoo.report import markdown_table
 from saezoo.results import write_text
 from saezoo.spreadsheets import frame_csv
@@ -53,6 +53,7 @@ def write_study_report(study: Study, rows: Sequence[Row], out: Path) -> None:
     parts = [
         f"# {literal(_title(study))}",
         _facts(study, rows),
+        *[f"Diverged, and left out: seed {cell.seed}, {literal(how)}." for cell, how in failures(study, out)],
         _HOW if study.seeds > 1 else _ONE_SEED,
         *_differences(study, rows),
         *_claims(study, rows),

@@ -21,17 +21,20 @@ from saezoo.ablation.effects import Row
 from saezoo.ablation.grid import Cell
 from saezoo.ablation.report import write_study_report
 from saezoo.ablation.study import (
+    DIVERGED,
     SEEDS,
     Study,
     alone_in,
     check_disk,
     check_folder,
+    failures,
     holds_nothing,
     incomplete,
     is_complete,
     measured,
     plan_study,
 )
+from saezoo.errors import DivergedError, TrainingError
 from saezoo.lm import LanguageModel
 from saezoo.overlay import overlay
 from saezoo.ranks import Ranks, join, leave, may_be_restarted
@@ -100,26 +103,29 @@ def ablate(
     Under torchrun the streams are divided among the ranks, which need one file system; rank 0 gets the rows, when all
     cells are complete, the others get none.
     Raises UsageError for a factor or level that is none, and for too little disk; TrainingError for a folder of another
-    study or one in which another process is at work, and if stopped by a signal (after a checkpoint).
+    study or one in which another process is at work, if stopped by a signal (after a checkpoint), and if every cell has
+    diverged. A cell that diverges is left out, and those beside it are trained again without it.
     """
     means, options = means or Means(), options or Options()
     chosen: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "recipe": recipe, "eval_tokens": eval_tokens}
     study = plan_study(name, layers, vary=vary, means=means, options=options, **chosen)
     with _place(study, out, resume, options) as (ranks, options):
-        groups = study.streams(ranks.size)[ranks.rank :: ranks.size]
-        mine = [cells for group in groups if (cells := _left(out, group))]
+        mine = [g for g in study.streams(ranks.size)[ranks.rank :: ranks.size] if incomplete(out, g)]
         if mine:
             lm = reproduction.language_model(study.job, means, options)
             rows = reproduction.unseen_rows(study.job, lm, eval_tokens)
-            for number, cells in enumerate(mine, 1):
-                seen = _watch(on_step if ranks.rank == 0 else _ignore, number, len(mine), len(cells))
-                _run(study, cells, lm, rows, out, seen, options)
+            for number, group in enumerate(mine, 1):
+                while cells := _left(out, group):  # again without one that diverged
+                    seen = _watch(on_step if ranks.rank == 0 else _ignore, number, len(mine), len(cells))
+                    _run(study, cells, lm, rows, out, seen, options)
         if ranks.rank > 0:
             return study, []
         while incomplete(out, study.cells):
             time.sleep(_POLL)  # torchrun ends this rank too when another fails
         shutil.rmtree(out / "streams", ignore_errors=True)
         results = measured(study, out)
+        if not results:
+            raise TrainingError(f"every cell has diverged; {failures(study, out)[0][1]}")
         write_study_report(study, results, out)
         return study, results
 
@@ -170,14 +176,22 @@ def _run(
     on_step: Callable[[Progress], None],
     options: Options,
 ) -> None:
-    """Train the cells of a stream side by side, measure them together, and write a folder for each."""
+    """Train the cells of a stream side by side, measure them together, and write a folder for each. If one diverges
+    it is written down, and that is all."""
     folder = _folder_of(out, cells)
     folder.mkdir(parents=True, exist_ok=True)
     begin, first = time.monotonic(), cells[0]
     variants = tuple(Variant(cell.variant, cell.recipe, cell.d_sae) for cell in cells)
     job = dataclasses.replace(study.job, recipe=first.recipe, seed=first.seed, variants=variants)
     hooks = Hooks(on_step=on_step, note=options.note)
-    trainees = train(job, lm, folder, resume=checkpoint.newest(folder) > 0, ranks=_ALONE, hooks=hooks)
+    try:
+        trainees = train(job, lm, folder, resume=checkpoint.newest(folder) > 0, ranks=_ALONE, hooks=hooks)
+    except DivergedError as error:
+        [cell] = [cell for cell in cells if cell.variant == error.name.partition(":")[0]]
+        options.note(f"{error}; the other cells begin again without it")
+        _write_diverged(out / "cells" / cell.name, study, cell, error, folder / "log.csv")
+        shutil.rmtree(folder)
+        return
     took = time.monotonic() - begin
     entries = [entry for cell in cells for entry in study.entries_of(cell)]
     saes = [reproduction.trained(entry, trainee) for entry, trainee in zip(entries, trainees, strict=True)]
@@ -208,6 +222,14 @@ def _write_cell(
         forms.write_text(temporary / "log.csv", _own_rows(log, cell.variant))
         forms.write_text(temporary / "eval.csv", forms.to_csv(results))
         forms.write_text(temporary / "registry.yaml", overlay(own, study.recipe, results))
+        forms.write_text(temporary / "run.json", json.dumps(run, indent=2) + "\n")
+
+
+def _write_diverged(folder: Path, study: Study, cell: Cell, error: DivergedError, log: Path) -> None:
+    """What there is of a cell that cannot be trained to its end."""
+    run = {"variant": cell.variant, "recipe": study.recipe, **study.job_of(cell).facts(), DIVERGED: str(error)}
+    with files.replacing_folder(folder) as temporary:
+        forms.write_text(temporary / "log.csv", _own_rows(log, cell.variant))
         forms.write_text(temporary / "run.json", json.dumps(run, indent=2) + "\n")
 
 

@@ -38,6 +38,8 @@ from saezoo.transfers import size_words
 from saezoo.workflows import EVAL_TOKENS, Options
 
 FORMAT = 1
+DIVERGED = "diverged"
+"""Key in run.json of a cell whose training came to nothing: why."""
 SEEDS = 3
 _AT_ONCE, _STATE_AT_ONCE = 48, 20_000_000_000
 """How many SAEs are trained side by side at most, and bytes of their weights and moments. With so many the language
@@ -214,12 +216,22 @@ def check_disk(study: Study, out: Path) -> None:
         )
 
 
+def failures(study: Study, out: Path) -> list[tuple[Cell, str]]:
+    """The cells that have diverged, and how."""
+    found = []
+    for cell in study.cells:
+        if is_complete(out, cell):
+            run = json.loads((out / "cells" / cell.name / "run.json").read_text(encoding="utf-8"))
+            found += [(cell, run[DIVERGED])] if DIVERGED in run else []
+    return found
+
+
 def measured(study: Study, out: Path) -> list[Row]:
-    """What the complete cells in the folder of a study give; every SAE of every cell."""
+    """What the complete cells in the folder of a study give; every SAE of every cell that has not diverged."""
     found = []
     for cell in study.cells:
         folder = out / "cells" / cell.name
-        if not is_complete(out, cell):
+        if not (folder / "eval.csv").is_file():
             continue
         ends = {line["layer"]: line for line in _lines(folder / "log.csv")}
         for line in _lines(folder / "eval.csv"):
