@@ -122,8 +122,8 @@ class Evaluation:
         reads = [
             (depth, s.sae.config.centre, s.sae.W_enc.dtype) for depth, s in zip(self.depths, subjects, strict=True)
         ]
+        # For each subject the first that reads the same activations: one sample of them is enough.
         self._like = [reads.index(read) for read in reads]
-        """For each subject the first that reads the same activations: one sample of them is enough."""
         room = _SAMPLE_BYTES // (4 * lm.d_model * max(1, len(set(reads))))
         self._sample_RT = self.scoring.sample(min(_SAMPLE, room))
         with torch.inference_mode():

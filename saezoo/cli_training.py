@@ -211,7 +211,9 @@ def _run_study(
             vary=vary,
             out=out,
             resume=resume,
-            on_step=lambda seen: progress(seen.done, seen.total, f"stream {seen.stream} of {seen.streams}"),
+            on_step=lambda seen: progress(
+                seen.done, seen.total, f"stream {seen.stream} of {seen.streams}, {seen.cells} cells"
+            ),
             means=means,
             options=options,
             **chosen,

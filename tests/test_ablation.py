@@ -20,8 +20,9 @@ from click.testing import CliRunner, Result
 from conftest import write_registry
 from smallrun import COLLECTION, registry, start, write_overlay, write_text
 
-from saezoo.ablation.study import METRICS
+from saezoo.ablation.study import METRICS, disk_of, plan_study
 from saezoo.cli import main
+from saezoo.workflows import Options
 
 VARY = ["--vary", "ghost=off,fixed", "--vary", "b_dec=zero,mean", "--seeds", "2"]
 CELLS = [f"ghost-{g},b_dec-{b},seed-{s}" for s in (0, 1) for g in ("off", "fixed") for b in ("zero", "mean")]
@@ -94,20 +95,24 @@ def test_the_tables_are_those_of_the_cells(finished: tuple[Path, Result]) -> Non
         if (row["ghost"], row["b_dec"], row["layer"], row["metric"]) == ("off", "mean", "1", "l0")
     ]
     assert float(mean["mean"]) == pytest.approx(sum(float(r["l0"]) for r in one) / 2)
-    (effect,) = [
-        row
-        for row in rows(study / "effects.csv")
-        if (row["factor"], row["level"], row["layer"], row["metric"]) == ("b_dec", "mean", "all", "l0")
-    ]
+    by_level = [row for row in rows(study / "effects.csv") if (row["factor"], row["metric"]) == ("b_dec", "l0")]
+    (effect,) = [row for row in by_level if (row["level"], row["layer"], row["within"]) == ("mean", "all", "")]
     l0 = {b: sum(float(r["l0"]) for r in found if r["b_dec"] == b) / 8 for b in ("zero", "mean")}
     assert float(effect["difference"]) == pytest.approx(l0["mean"] - l0["zero"]) and effect["seeds"] == "2"
+    parts = {row["within"]: float(row["difference"]) for row in by_level if row["within"]}
+    assert set(parts) == {"ghost=off", "ghost=fixed"}
+    assert sum(parts.values()) / 2 == pytest.approx(l0["mean"] - l0["zero"])
 
 
 def test_the_report_states_what_the_intervals_support(finished: tuple[Path, Result]) -> None:
     """Each difference of all layers together is in one of its lists, and in the right one."""
     study, _ = finished
     section = (study / "report.md").read_text().split("## What the choices do")[1].split("\n## ")[0]
-    effects = {(r["factor"], r["level"], r["metric"]): r for r in rows(study / "effects.csv") if r["layer"] == "all"}
+    effects = {
+        (r["factor"], r["level"], r["metric"]): r
+        for r in rows(study / "effects.csv")
+        if (r["layer"], r["within"]) == ("all", "")
+    }
     assert section.strip().startswith(f"{len(effects)} differences were looked at")
     seen = 0
     for part in section.split("\n\n**")[1:]:
@@ -439,6 +444,15 @@ def test_a_grid_larger_than_the_disk(place: Path, monkeypatch: pytest.MonkeyPatc
         assert result.exit_code == 2
         assert f"8 cells need 2.4 MB on the disk, 1.0 MB are free at {place}; fewer" in result.stderr
     assert not (place / "study").exists()
+
+
+def test_each_rank_needs_disk_for_its_checkpoints(place: Path) -> None:
+    """Four ranks train two cells each, four SAEs: together eight more than one rank, with three more buffers."""
+    options = Options(registry=place / "overlay.yaml", text=place / "text.txt")
+    vary = ["ghost=off,fixed", "b_dec=zero,mean"]
+    study = plan_study("small", "all", vary=vary, seeds=2, options=options)
+    one, four = (disk_of(study, place / "study", ranks) for ranks in (1, 4))
+    assert four - one == 2 * (8 * 12 * (2 * 16 * 48 + 48 + 16) + 3 * 4 * 2 * 4 * 16 * 16 * 2)
 
 
 def test_the_disk_that_is_asked_for_suffices(finished: tuple[Path, Result]) -> None:

@@ -23,8 +23,6 @@ class StudyPlan:
     """That are left to train."""
     streams: int
     saes: int
-    tokens: int
-    """Read by the language model, in all streams."""
     lm_seconds: float
     step_seconds: float
     memory: int
@@ -62,7 +60,6 @@ def plan_of(study: Study, out: Path, *, means: Means, options: Options) -> Study
         cells=len(left),
         streams=len(streams),
         saes=len(left) * len(study.job.entries),
-        tokens=len(streams) * study.job.tokens,
         lm_seconds=sum(planned(cells[0]).lm_seconds for cells in streams),
         step_seconds=steps,
         memory=max(map(memory, streams), default=0),

@@ -5,7 +5,6 @@ In all of them the first factor that is varied has the colours and the second th
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from saezoo.ablation.effects import Row, mean_of
 from saezoo.ablation.grid import Cell
-from saezoo.ablation.study import Study
+from saezoo.ablation.study import Study, lines_of
 from saezoo.plots import grid, literal, save
 from saezoo.results import Measured
 
@@ -71,7 +70,7 @@ def _density(study: Study, cells: Sequence[Cell], out: Path) -> Figure:
     """A panel for each variant, the first 24: counts by log10 density, means over seeds and layers."""
     sums: dict[str, list[dict[str, float]]] = defaultdict(list)
     for cell in cells:
-        for line in _lines(out, cell, "eval.csv"):
+        for line in lines_of(out, cell, "eval.csv"):
             parts = (part.split(":") for part in line["density_histogram"].split(";"))
             sums[short_name(study, cell)].append({edge: float(count) for edge, count in parts})
     shown = list(sums.items())[:_MOST_PANELS]
@@ -121,7 +120,7 @@ def _dead(study: Study, cells: Sequence[Cell], out: Path) -> Figure:
         axis.xaxis.set_major_formatter(_engineering())
     highest = max(axis.dataLim.ymax for axis in axes)
     axes[0].set_ylim(-0.02 * max(highest, 1), 1.05 * max(highest, 1))
-    _legend(figure, axes[0])
+    _legend(figure, axes)
     return figure
 
 
@@ -136,7 +135,7 @@ def _curve(axis: Axes, study: Study, seeds: Sequence[Any], label: str, look: dic
 def _dead_of(out: Path, cell: Cell) -> tuple[list[float], list[float]]:
     """Tokens, and dead features as the mean over layers."""
     found: dict[float, list[float]] = defaultdict(list)
-    for line in _lines(out, cell, "log.csv"):
+    for line in lines_of(out, cell, "log.csv"):
         found[float(line["tokens"])].append(float(line["dead"]))
     return list(found), [float(np.mean(values)) for values in found.values()]
 
@@ -169,7 +168,7 @@ def _frontier(study: Study, rows: Sequence[Row]) -> Figure:
             )
         axis.set(xlabel="L0 (features/token)", ylabel="ΔCE (nats/token)")
         axis.set_title(f"layer {literal(layer)}", fontsize=9)
-    _legend(figure, axes[0])
+    _legend(figure, axes)
     return figure
 
 
@@ -178,9 +177,12 @@ def _half(measured: Measured) -> float | None:
     return None if measured.lo is None or measured.hi is None else (measured.hi - measured.lo) / 2
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
     """Each look once, above everything."""
-    known = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    known: dict[str, Any] = {}
+    for axis in axes:
+        for mark, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, mark)
     figure.legend(known.values(), known.keys(), loc="outside upper center", ncols=3, fontsize=8)
 
 
@@ -188,8 +190,3 @@ def _engineering() -> Any:
     from matplotlib.ticker import EngFormatter
 
     return EngFormatter(sep="")
-
-
-def _lines(out: Path, cell: Cell, name: str) -> list[dict[str, str]]:
-    with (out / "cells" / cell.name / name).open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))

@@ -48,14 +48,14 @@ def write_study_report(study: Study, rows: Sequence[Row], out: Path) -> None:
     found = effects.effects(rows, study.factors, list(METRICS))
     write_text(out / "results.csv", _results_csv(rows))
     write_text(out / "variants.csv", _variants_csv(rows))
-    write_text(out / "effects.csv", _effects_csv(found))
+    write_text(out / "effects.csv", _effects_csv(rows, found))
     pictures = save_study_plots(study, rows, out)
     parts = [
         f"# {literal(_title(study))}",
         _facts(study, rows),
         *[f"Diverged, and left out: seed {cell.seed}, {literal(how)}." for cell, how in failures(study, out)],
         _HOW if study.seeds > 1 else _ONE_SEED,
-        *_differences(study, rows),
+        *_differences(study, rows, found),
         *_claims(study, rows),
         "## Variants",
         markdown_table(*_variant_cells(study, rows)),
@@ -95,11 +95,11 @@ def _facts(study: Study, rows: Sequence[Row]) -> str:
     return markdown_table(("study", ""), [(key, literal(value)) for key, value in facts.items()])
 
 
-def _differences(study: Study, rows: Sequence[Row]) -> list[str]:
+def _differences(study: Study, rows: Sequence[Row], everything: Sequence[Effect]) -> list[str]:
     """The differences that the intervals support, in words; those that they do not, in a line."""
     if study.seeds < 2:
         return []
-    found = _together(study, rows)
+    found = _together(everything)
     sure = dict(zip(map(id, found), effects.survivors(found), strict=True))
     supported = [effect for effect in found if effect.verdict != "not known"]
     by_chance = 0.05 * len(found)
@@ -147,10 +147,10 @@ def _claims(study: Study, rows: Sequence[Row]) -> list[str]:
     return ["## The post's claims", markdown_table(("claim", "answer", "figure"), table)]
 
 
-def _together(study: Study, rows: Sequence[Row]) -> list[Effect]:
+def _together(found: Sequence[Effect]) -> list[Effect]:
     """Of all layers together; of the only one if there is one."""
-    found = effects.effects(rows, study.factors, list(METRICS))
-    return [effect for effect in found if effect.layer == ALL or len(study.job.entries) == 1]
+    several = any(effect.layer == ALL for effect in found)
+    return [effect for effect in found if effect.layer == ALL or not several]
 
 
 def _variant_cells(study: Study, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -166,7 +166,8 @@ def _variant_cells(study: Study, rows: Sequence[Row]) -> tuple[list[str], list[l
 
 
 def _difference_cells(study: Study, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]] | None:
-    found = {(e.factor, e.level, e.metric): e for e in _together(study, rows)}
+    everything = effects.effects(rows, study.factors, _SHOWN)
+    found = {(e.factor, e.level, e.metric): e for e in _together(everything)}
     pairs = dict.fromkeys((e.factor, e.level, e.baseline) for e in found.values())
     header = ["level", "rather than", *(METRICS[metric] for metric in _SHOWN)]
     cells = [
@@ -211,13 +212,26 @@ def _variants_csv(rows: Sequence[Row]) -> str:
     return _csv(found)
 
 
-def _effects_csv(found: Sequence[Effect]) -> str:
-    rows = []
-    for effect in found:
-        value, lo, hi = effect.difference
-        row = {key: getattr(effect, key) for key in ("factor", "level", "baseline", "layer", "metric")}
-        rows.append({**row, "difference": value, "lo": lo, "hi": hi, "p": effect.p, "seeds": len(effect.by_seed)})
-    return _csv(rows)
+def _effects_csv(rows: Sequence[Row], found: Sequence[Effect]) -> str:
+    """`within`: levels of the other factors; empty, their mean."""
+    lines = [_effect_line(effect, "") for effect in found]
+    for effect in _together(found):
+        lines += [_effect_line(each, words) for words, each in effects.conditional(rows, effect).items()]
+    return _csv(lines)
+
+
+def _effect_line(effect: Effect, within: str) -> dict[str, Any]:
+    value, lo, hi = effect.difference
+    line = {key: getattr(effect, key) for key in ("factor", "level", "baseline", "layer", "metric")}
+    return {
+        **line,
+        "within": within,
+        "difference": value,
+        "lo": lo,
+        "hi": hi,
+        "p": effect.p,
+        "seeds": len(effect.by_seed),
+    }
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

@@ -90,8 +90,8 @@ def ablate(
 
     Args:
         name, layers: which entries; every cell trains all of them.
-        vary: factors and levels, `ghost=off,fixed`; `saezoo.grid.FACTORS` has those that there are. The first level is
-            what the others are compared with.
+        vary: factors and levels, `ghost=off,fixed`; `saezoo.ablation.grid.FACTORS` has those that there are. The first
+            level is what the others are compared with.
         out: folder of the study; must be empty unless `resume`.
         tokens, recipe, eval_tokens, means, options: as for `reproduce`.
         resume: go on; cells that are complete are not run again. Under `torchrun --max-restarts`, where the same
@@ -138,7 +138,7 @@ def _place(study: Study, out: Path, resume: bool, options: Options) -> Iterator[
     with contextlib.ExitStack() as held:
         try:
             if ranks.rank == 0:
-                check_disk(study, out)
+                check_disk(study, out, ranks.size)
                 check_folder(out, study, resume and not (may_be_restarted() and holds_nothing(out)))
                 held.enter_context(alone_in(out))
             ranks.wait()  # until the folder is there

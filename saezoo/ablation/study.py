@@ -192,23 +192,23 @@ def incomplete(out: Path, cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if not is_complete(out, cell)]
 
 
-def disk_of(study: Study, out: Path) -> int:
-    """Bytes that the cells that are left will need in `out`, with the two checkpoints of one stream."""
+def disk_of(study: Study, out: Path, ranks: int = 1) -> int:
+    """Bytes that the cells that are left will need in `out`, with two checkpoints of what each rank trains."""
     left = incomplete(out, study.cells)
     if not left:
         return 0
     saved = sum(4 * weights(study.entries_of(cell)) + _PER_SAE * len(study.job.entries) for cell in left)
-    widest = max(study.streams(), key=lambda cells: sum(weights(study.entries_of(cell)) for cell in cells))
     entries = study.job.entries
     buffer = study.job.recipe.buffer_batches // 2 * study.job.recipe.store_rows * entries[0].known_context
-    states = 12 * sum(weights(study.entries_of(cell)) for cell in widest)
-    return saved + 2 * (states + 4 * buffer * entries[0].d_in * len(entries))
+    half_buffer = 4 * buffer * entries[0].d_in * len(entries)
+    states = [12 * sum(weights(study.entries_of(cell)) for cell in cells) for cells in study.streams(ranks)]
+    return saved + 2 * sum(state + half_buffer for state in sorted(states)[-ranks:])
 
 
-def check_disk(study: Study, out: Path) -> None:
+def check_disk(study: Study, out: Path, ranks: int = 1) -> None:
     """Raise UsageError unless what is left of the study fits on the disk of `out`."""
     there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    need, free = disk_of(study, out), shutil.disk_usage(there).free
+    need, free = disk_of(study, out, ranks), shutil.disk_usage(there).free
     if need * _ROOM > free:
         raise UsageError(
             f"{len(study.cells):,} cells need {size_words(need)} on the disk, {size_words(free)} are free at {there};"
@@ -233,8 +233,8 @@ def measured(study: Study, out: Path) -> list[Row]:
         folder = out / "cells" / cell.name
         if not (folder / "eval.csv").is_file():
             continue
-        ends = {line["layer"]: line for line in _lines(folder / "log.csv")}
-        for line in _lines(folder / "eval.csv"):
+        ends = {line["layer"]: line for line in lines_of(out, cell, "log.csv")}
+        for line in lines_of(out, cell, "eval.csv"):
             values = {**line, "dead_at_end": ends[line["layer"]]["dead"]}
             known = {name: values[name] for name in METRICS if values.get(name, "") not in ("", forms.UNDEFINED)}
             metrics = {name: float(value) for name, value in known.items()}
@@ -242,6 +242,7 @@ def measured(study: Study, out: Path) -> list[Row]:
     return found
 
 
-def _lines(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
+def lines_of(out: Path, cell: Cell, name: str) -> list[dict[str, str]]:
+    """The rows of a CSV in the folder of a cell."""
+    with (out / "cells" / cell.name / name).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
