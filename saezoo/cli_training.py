@@ -12,6 +12,25 @@ from saezoo import terminal
 from saezoo.cli_common import Outputs, deliver, runtime_options
 
 
+def _precision_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How products are taken; none of it changes what is trained, but for rounding."""
+    product = click.option(
+        "--product",
+        type=click.Choice(["auto", "dense", "full", "half"]),
+        default="auto",
+        show_default=True,
+        help="The encoder's product: half precision nominates, full decides; dense takes every product.",
+    )
+    model_dtype = click.option(
+        "--model-dtype",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="The language model's; auto: bfloat16 on a GPU.",
+    )
+    return product(model_dtype(command))
+
+
 @click.command("reproduce")
 @click.argument("collection")
 @click.argument("layers")
@@ -21,20 +40,7 @@ from saezoo.cli_common import Outputs, deliver, runtime_options
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the run folder.")
 @click.option("--plan", "only_plan", is_flag=True, help="Measure this machine, print what the run needs, and stop.")
 @click.option("--eval-tokens", type=click.IntRange(min=1), help="Tokens of the final evaluation.")
-@click.option(
-    "--product",
-    type=click.Choice(["auto", "dense", "full", "half"]),
-    default="auto",
-    show_default=True,
-    help="The encoder's product: half precision nominates, full decides; dense takes every product.",
-)
-@click.option(
-    "--model-dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="The language model's; auto: bfloat16 on a GPU.",
-)
+@_precision_options
 @click.option(
     "--share",
     type=click.Choice(["entries", "features"]),
@@ -99,22 +105,8 @@ def _study_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--plan", "only_plan", is_flag=True, help="Measure this machine, print the cost, and stop."),
         click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="Refuse if it would take longer."),
         click.option("--eval-tokens", type=click.IntRange(min=1), help="Tokens of the evaluations.  [default: 65,536]"),
-        click.option(
-            "--product",
-            type=click.Choice(["auto", "dense", "full", "half"]),
-            default="auto",
-            show_default=True,
-            help="The encoder's product, as for reproduce.",
-        ),
-        click.option(
-            "--model-dtype",
-            type=click.Choice(["auto", "float32", "bfloat16"]),
-            default="auto",
-            show_default=True,
-            help="The language model's; auto: bfloat16 on a GPU.",
-        ),
     ]
-    command = runtime_options(command)
+    command = _precision_options(runtime_options(command))
     for option in reversed(options):
         command = option(command)
     return command
